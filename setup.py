@@ -1,0 +1,41 @@
+"""Packages two folders as one: `open_flamingo/` (the model) and `train/` (the program, as `open_flamingo.train`)."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements(name: str) -> list[str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+TRAINING = requirements("requirements-training.txt")
+TEST = ["pytest>=8", "pytest-xdist", "ruff==0.14.5", "mypy==1.18.2"]
+
+setup(
+    name="open_flamingo",
+    version="3.0.0",
+    description="Train OpenFlamingo-style vision-language models: faster, exact on resume, safe to leave alone",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["open_flamingo", "open_flamingo.train", "open_flamingo.train.data", "open_flamingo.scripts"],
+    package_dir={
+        "open_flamingo": "open_flamingo",
+        "open_flamingo.train": "train",
+        "open_flamingo.train.data": "train/data",
+        "open_flamingo.scripts": "scripts",
+    },
+    install_requires=requirements("requirements.txt"),
+    extras_require={"training": TRAINING, "test": TRAINING + TEST},
+    entry_points={
+        "console_scripts": [
+            "open-flamingo-train=open_flamingo.train.train:main",
+            "open-flamingo-convert-mmc4=open_flamingo.scripts.convert_mmc4_to_wds:main",
+        ]
+    },
+)
