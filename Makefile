@@ -1,0 +1,38 @@
+# make demo    train a small vision-language model and watch it describe pictures (needs Python >= 3.10 and make)
+# make test    the whole test suite
+# make lint    formatting, rules, types
+PYTHON ?= python3
+BIN := .venv/bin
+# Tests are many small processes: one thread each. Two pytest workers, as the machines that run them have two cores.
+TEST_FLAGS ?= -n 2
+
+.PHONY: demo test lint format clean
+
+demo: .venv/training
+	$(BIN)/python -m open_flamingo.scripts.demo
+
+test: .venv/test
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+# The types are checked as users see them: `train/` as `open_flamingo.train`.
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/open_flamingo
+	ln -sfn $(CURDIR)/open_flamingo/*.py $(CURDIR)/train build/types/open_flamingo/
+	cd build/types && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p open_flamingo
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build demo-output *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/training .venv/test: .venv/bin/python setup.py pyproject.toml requirements.txt requirements-training.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(notdir $@)]'
+	touch $@

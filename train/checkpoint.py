@@ -1,0 +1,139 @@
+"""Checkpoints: written whole or not at all, found again, and refused when they belong to another run.
+
+    {run_name}/checkpoint_{epoch}.pt              at each epoch's end (epochs count from 0), as the reference
+    {run_name}/epoch_{epoch}_step_{update}.pt     every --save_steps updates within an epoch, the newest two
+
+A checkpoint is a dict. The reference's keys: `epoch` (the last finished one, -1 if none), `model_state_dict` (trained
+parameters under the reference's names), `optimizer_state_dict`, `lr_scheduler_state_dict`. Ours: `step` (updates done),
+`data` (a loader state for each dataset), `random_states` (one a rank), `optimizer_parameter_names`, `flags`, `versions`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_EPOCH_END = re.compile(r"checkpoint_(\d+)\.pt")
+_WITHIN_EPOCH = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
+KEEP_WITHIN_EPOCH = 2
+
+
+def epoch_end_path(folder: Path, epoch: int) -> Path:
+    return folder / f"checkpoint_{epoch}.pt"
+
+
+def within_epoch_path(folder: Path, epoch: int, step: int) -> Path:
+    return folder / f"epoch_{epoch}_step_{step}.pt"
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes `checkpoint` so that `path` is at every moment either the old file, absent, or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())  # mkstemp makes it private; a checkpoint is like any other file
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, on the CPU. Bare weights become `{"model_state_dict": weights}`.
+
+    Raises ValueError, naming the file, if it cannot be read; nothing in it is executed.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
+    if "model_state_dict" not in checkpoint:
+        if not checkpoint or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+            raise ValueError(f"{path} is not a checkpoint: it has neither model_state_dict nor bare weights")
+        checkpoint = {"model_state_dict": checkpoint}
+    return checkpoint
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, the furthest trained first."""
+    found: list[tuple[tuple[int, int], Path]] = []
+    for path in folder.glob("*.pt"):
+        if match := _EPOCH_END.fullmatch(path.name):
+            found.append(((int(match[1]) + 1, 0), path))
+        elif match := _WITHIN_EPOCH.fullmatch(path.name):
+            found.append(((int(match[1]), int(match[2])), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_readable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of `folder` that can be read, with its path; what cannot be read is named and skipped."""
+    for path in newest_first(folder):
+        try:
+            return path, load(path)
+        except ValueError as error:
+            log.warning("%s; going back to the one before it", error)
+    return None
+
+
+def prune(folder: Path, newest: Path, only_newest: bool) -> None:
+    """Deletes what `newest`, now safe on disk, makes superfluous: all others if `only_newest`, else the within-epoch
+    ones but for the newest two. Half-written files of a killed run go too."""
+    older = [path for path in newest_first(folder) if path != newest]
+    within = [path for path in newest_first(folder) if _WITHIN_EPOCH.fullmatch(path.name)]
+    for path in older if only_newest else within[KEEP_WITHIN_EPOCH:]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".*.pt.*"):
+        path.unlink(missing_ok=True)
+
+
+def changed_flags(saved: dict[str, Any], current: dict[str, Any], names: tuple[str, ...]) -> Iterator[str]:
+    """One line for each flag of `names` that is not what it was when the checkpoint was made."""
+    for name in names:
+        if name in saved and saved[name] != current[name]:
+            yield f"--{name} was {saved[name]!r} and is now {current[name]!r}"
+
+
+def random_state() -> dict[str, Any]:
+    """This process's torch random states. Samples do not depend on them: their randomness is a function of the seed."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,243 @@
+"""What the user sees: console, metrics.jsonl, Weights & Biases, TensorBoard. All of it comes from rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from open_flamingo.train.data.loader import DataOptions
+from open_flamingo.train.distributed import World, gather_objects, sum_over_ranks
+from open_flamingo.train.resume import Plan
+from open_flamingo.train.step import Source
+
+log = logging.getLogger(__name__)
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes to stderr without breaking a progress bar that is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def setup_logging(rank: int) -> None:
+    """Log lines on stderr, above the progress bar; other ranks than 0 speak only of errors, and say who they are."""
+    handler = _AboveTheBar()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("open_flamingo")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    root.propagate = False
+
+
+def count_line(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
+
+
+_PARTS = {"vision_encoder": "vision encoder", "perceiver": "resampler", "lang_encoder": "language model"}
+
+
+def describe(
+    world: World,
+    model: nn.Module,
+    plan: Plan,
+    options: dict[str, DataOptions],
+    step: int,
+    precision: str,
+    folder: str,
+) -> None:
+    """Says at the start what will happen."""
+    log.info("%s: %d x %s, %s", world.launcher, world.world_size, world.device.type, precision)
+    for title, trained in (("trained", True), ("frozen", False)):
+        parts: dict[str, int] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad == trained:
+                part = "gated cross-attention" if "gated_cross_attn" in name else _PARTS.get(name.split(".")[0], name)
+                part = "new token rows" if trained and part == "language model" else part
+                parts[part] = parts.get(part, 0) + parameter.numel()
+        each = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+        log.info("%s parameters: %s (%s)", title, f"{sum(parts.values()):,}", each)
+    for kind, option in options.items():
+        log.info(
+            "%s: %d shards, %d samples a rank and batch, %d an update, %d loader processes a rank",
+            kind,
+            len(option.shards),
+            option.batch_size,
+            plan.samples_per_update[kind],
+            option.workers,
+        )
+    log.info(
+        "%d epochs of %d updates, %d done; %d lanes; output in %s",
+        plan.num_epochs,
+        plan.updates_per_epoch,
+        step,
+        next(iter(options.values())).lanes,
+        folder,
+    )
+
+
+def measure(
+    world: World, sources: list[Source], gradient_norm: torch.Tensor, learning_rate: float, seconds: float
+) -> dict[str, Any]:
+    """The values of a log line, of the `seconds` since the last one. The only place that waits for the device."""
+    losses = sum_over_ranks(torch.stack([source.loss / source.forwards for source in sources])) / world.world_size
+    counts = gather_objects({source.kind: (source.dropped, source.errors) for source in sources})
+    values: dict[str, Any] = {"lr": learning_rate, "grad_norm": gradient_norm.item()}
+    values["data_wait"] = sum(source.seconds_waited for source in sources) / seconds
+    for source, loss in zip(sources, losses.tolist(), strict=True):
+        values[f"loss_{source.kind}"] = loss
+        values[f"samples_per_second_{source.kind}"] = source.samples * world.world_size / seconds
+        values[f"dropped_{source.kind}"] = dict(sum((rank[source.kind][0] for rank in counts), Counter()))
+        values[f"errors_{source.kind}"] = dict(sum((rank[source.kind][1] for rank in counts), Counter()))
+        source.reset()
+    return values
+
+
+class Reporter:
+    """Rank 0's voice. Other ranks make one too; it stays silent.
+
+    Args:
+        active: whether this is rank 0.
+        folder: the run's folder.
+        step, total_steps: updates done before and at the end of this run.
+        flags: recorded with the run.
+    """
+
+    def __init__(
+        self,
+        active: bool,
+        folder: Path,
+        step: int,
+        total_steps: int,
+        updates_per_epoch: int,
+        flags: Mapping[str, Any],
+        tensorboard: bool = False,
+        wandb: bool = False,
+        wandb_project: str | None = None,
+        wandb_entity: str | None = None,
+        offline: bool = False,
+    ) -> None:
+        self._active = active
+        self._folder = folder
+        self._total_steps = total_steps
+        self._updates_per_epoch = updates_per_epoch
+        self._metrics = self._tensorboard = self._wandb = None
+        self._bar: tqdm | None = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = _metrics_file(folder / "metrics.jsonl", step)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if wandb:
+            self._wandb = _start_wandb(folder, wandb_project, wandb_entity, offline, flags)
+        # A bar only where somebody watches; a log file gets the log lines.
+        self._bar = tqdm(
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05, disable=None, desc="train"
+        )
+
+    def advance(self) -> None:
+        """One update is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """One log line of `values` (numbers, or counts by reason), and the same to every other place."""
+        if not self._active:
+            return
+        line = {"step": step, "epoch": round(step / self._updates_per_epoch, 4), **values}
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        log.info("%s", self._console_line(line))
+        if self._bar is not None:
+            losses = {name[5:]: f"{value:.3f}" for name, value in values.items() if name.startswith("loss_")}
+            self._bar.set_postfix(losses, refresh=False)
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        for name, counts in values.items():
+            if isinstance(counts, Mapping):
+                numbers |= {f"{name}/{reason}": count for reason, count in counts.items()}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def _console_line(self, line: Mapping[str, Any]) -> str:
+        parts = [f"step {line['step']:,}/{self._total_steps:,}", f"epoch {line['epoch']:.2f}"]
+        kinds = [name[5:] for name in line if name.startswith("loss_")]
+        parts += [f"{kind} loss {line[f'loss_{kind}']:.4f}" for kind in kinds]
+        parts += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}"]
+        parts += [f"{kind} {line[f'samples_per_second_{kind}']:,.0f}/s" for kind in kinds]
+        parts += [f"data wait {line['data_wait']:.0%}", f"left {timedelta(seconds=round(line['seconds_left']))}"]
+        for kind in kinds:
+            if dropped := line[f"dropped_{kind}"]:
+                parts.append(f"{kind} dropped: {count_line(dropped)}")
+            if errors := line[f"errors_{kind}"]:
+                parts.append(f"{kind} ERRORS: {count_line(errors)}")
+        return " | ".join(parts)
+
+    def upload(self, path: Path) -> None:
+        """Sends the checkpoint at `path` to W&B."""
+        if self._wandb is not None:
+            self._wandb.save(str(path), base_path=str(path.parent), policy="now")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _metrics_file(path: Path, step: int) -> Any:
+    """`path`, open for appending, without the lines of updates after `step`: those are about to be done again."""
+    kept = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                if json.loads(text)["step"] <= step:
+                    kept.append(text)
+            except (ValueError, KeyError):
+                continue  # a line that a killed run did not finish
+    beside = path.with_suffix(".new")
+    beside.write_text("".join(f"{text}\n" for text in kept))
+    os.replace(beside, path)
+    return path.open("a")
+
+
+def _start_wandb(folder: Path, project: str | None, entity: str | None, offline: bool, flags: Mapping[str, Any]) -> Any:
+    import wandb
+
+    # The same W&B run goes on when this one is started again.
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=project,
+        entity=entity,
+        name=folder.name,
+        id=id_file.read_text().strip(),
+        resume=None if offline else "allow",
+        mode="offline" if offline else "online",
+        dir=str(folder),
+        config=dict(flags),
+    )

@@ -1,0 +1,101 @@
+"""One optimiser update."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from open_flamingo.train.data.loader import Batch
+from open_flamingo.train.parallel import gradient_sync
+from open_flamingo.train.precision import autocast
+
+MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass
+class Source:
+    """One of the datasets, as the loop sees it: where batches come from, and what has come since the last log line."""
+
+    kind: str  # "laion" or "mmc4"
+    weight: float  # of its loss
+    batches: Iterator[Batch]
+    mean: torch.Tensor  # float32 [3, 1, 1], on the device: of the normalisation that the vision encoder expects
+    std: torch.Tensor
+    loss: torch.Tensor  # float32 [], on the device: the sum over `forwards`; read only where it is logged
+    forwards: int = 0
+    samples: int = 0  # of this rank
+    seconds_waited: float = 0.0  # for batches
+    dropped: Counter[str] = field(default_factory=Counter)  # on purpose, by reason, since the program started
+    errors: Counter[str] = field(default_factory=Counter)
+    last: Batch | None = None  # whose cursors the next checkpoint stores
+
+    def next_batch(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds_waited += time.perf_counter() - start
+        self.dropped.update(batch.dropped)
+        self.errors.update(batch.errors)
+        self.samples += len(batch.keys)
+        self.last = batch
+        return batch
+
+    def reset(self) -> None:
+        """Starts a new span of logging."""
+        self.loss.zero_()
+        self.forwards = self.samples = 0
+        self.seconds_waited = 0.0
+
+
+def loss_of(model: nn.Module, batch: Batch, source: Source, precision: str) -> torch.Tensor:
+    """The unweighted loss of one batch, float32 []."""
+    device = source.loss.device
+    images = batch.images.to(device, non_blocking=True)  # [B, N, 3, H, W]
+    if images.dtype == torch.uint8:  # sent as bytes, a quarter of the floats
+        images = (images.float() / 255 - source.mean) / source.std
+    with autocast(precision, device):
+        return model(
+            vision_x=images.unsqueeze(2),  # the reference's frame axis: [B, N, 1, 3, H, W]
+            lang_x=batch.input_ids.to(device, non_blocking=True),
+            attention_mask=batch.attention_mask.to(device, non_blocking=True),
+            labels=batch.labels.to(device, non_blocking=True),
+            image_counts=batch.image_counts,
+        ).loss
+
+
+def train_update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    sources: list[Source],
+    accumulation: int,
+    precision: str,
+) -> torch.Tensor:
+    """Trains on `accumulation` batches of each source; one synchronisation, one clipping, one step of the optimiser.
+
+    Each backward pass follows its forward, so only one batch's activations are held at a time. Nothing here waits for
+    the device.
+
+    Returns:
+        the global gradient norm before clipping, float32 [], on the device
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for micro in range(accumulation):
+        for source in sources:
+            last = micro == accumulation - 1 and source is sources[-1]
+            batch = source.next_batch()
+            with gradient_sync(model, synchronise=last):
+                loss = loss_of(model, batch, source, precision)
+                (loss * (source.weight / accumulation)).backward()
+            source.loss += loss.detach()
+            source.forwards += 1
+    gradient_norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    optimizer.step()
+    scheduler.step()
+    # Zeroed, not freed: under DDP the gradients are views of its buckets, and fresh ones would be held beside those.
+    optimizer.zero_grad(set_to_none=False)
+    return gradient_norm

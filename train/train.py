@@ -1,0 +1,218 @@
+"""Trains an OpenFlamingo-style model on LAION and MMC4 shards. `main` is the whole story, top to bottom.
+
+Runs as a file (`torchrun ... train/train.py`), as a module (`python -m open_flamingo.train.train`) and as the command
+`open-flamingo-train`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: use this checkout, installed or not, and keep this folder off the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import open_flamingo
+
+    open_flamingo.__path__.append(sys.path[0])
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from open_flamingo.train.arguments import parse_args
+
+if TYPE_CHECKING:
+    from open_flamingo.train.data.loader import DataOptions
+    from open_flamingo.train.distributed import World
+
+log = logging.getLogger("open_flamingo.train")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    # Wrong flags have been refused. Only now what takes seconds to import.
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from open_flamingo.train.data import DataError
+    from open_flamingo.train.distributed import distributed
+    from open_flamingo.train.report import setup_logging
+
+    try:
+        with distributed(args.dist_url, args.dist_backend, not args.no_set_device_rank) as world:
+            setup_logging(world.rank)
+            train(args, world)
+    except (Refused, DataError) as error:
+        setup_logging(int(os.environ.get("RANK", 0)))
+        log.error("%s", error)
+        raise SystemExit(1) from error
+
+
+class Refused(RuntimeError):
+    """The run cannot be what the user asked for; the message says why and what to do."""
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns errors that the user's input causes into one line that says at what."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(f"{what}: {error}") from error
+
+
+def train(args: argparse.Namespace, world: World) -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from open_flamingo import create_model_and_transforms
+    from open_flamingo.train import checkpoint
+    from open_flamingo.train.data.loader import build_loader, normalization
+    from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+    from open_flamingo.train.parallel import parallelise
+    from open_flamingo.train.precision import hold_frozen_weights
+    from open_flamingo.train.report import Reporter, describe, measure
+    from open_flamingo.train.resume import Plan, find_start, restore, snapshot
+    from open_flamingo.train.step import Source, train_update
+
+    folder = Path(args.run_name)
+    transformers_logging.disable_progress_bar()
+
+    # ---------------------------------------------------------------- where to start, and how far to go
+    plan = Plan.from_flags(args, world.world_size)
+    with refusing("cannot resume"):
+        start = find_start(args, plan)
+        options = data_options(args, world, start.lanes)
+    if start.step >= plan.total_updates:
+        log.info(
+            "nothing left to do: %s has finished its %d epochs (%d updates). Raise --num_epochs to train on",
+            args.run_name,
+            args.num_epochs,
+            plan.total_updates,
+        )
+        return
+
+    # ---------------------------------------------------------------- model
+    torch.manual_seed(args.seed)
+    with refusing("cannot build the model"):
+        model, image_processor, tokenizer = create_model_and_transforms(
+            args.vision_encoder_path,
+            args.vision_encoder_pretrained,
+            args.lm_path,
+            args.tokenizer_path or args.lm_path,
+            cross_attn_every_n_layers=args.cross_attn_every_n_layers,
+            use_local_files=args.offline,
+            freeze_lm_embeddings=args.freeze_lm_embeddings,
+            gradient_checkpointing=args.gradient_checkpointing,
+            train_output_rows=args.train_output_rows,
+        )
+    hold_frozen_weights(model, args.precision)
+    model.to(world.device)
+    model.train()
+    optimizer = build_optimizer(model, args.learning_rate, args.weight_decay)
+    with refusing("cannot resume"):
+        restore(start, world, model, optimizer)
+    scheduler = build_scheduler(optimizer, args.lr_scheduler, args.warmup_steps, plan.total_updates, start.step)
+
+    # ---------------------------------------------------------------- data
+    mean, std = (torch.tensor(value, device=world.device).view(3, 1, 1) for value in normalization(image_processor))
+    sources = [
+        Source(
+            kind,
+            weight=getattr(args, f"loss_multiplier_{kind}"),
+            batches=iter(build_loader(option, tokenizer, image_processor, start.data.get(kind))),
+            mean=mean,
+            std=std,
+            loss=torch.zeros((), device=world.device),
+        )
+        for kind, option in options.items()
+    ]
+
+    describe(world, model, plan, options, start.step, args.precision, args.run_name)
+    reporter = Reporter(
+        world.is_main,
+        folder,
+        start.step,
+        plan.total_updates,
+        plan.updates_per_epoch,
+        flags=vars(args),
+        tensorboard=args.report_to_tensorboard,
+        wandb=args.report_to_wandb,
+        wandb_project=args.wandb_project,
+        wandb_entity=args.wandb_entity,
+        offline=args.offline,
+    )
+
+    # ---------------------------------------------------------------- loop
+    parallel_model = parallelise(model, world)
+    began = span_began = time.perf_counter()
+    for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
+        gradient_norm = train_update(
+            parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, args.precision
+        )
+        reporter.advance()
+
+        if step % args.logging_steps == 0 or step == plan.total_updates:
+            now = time.perf_counter()
+            values = measure(world, sources, gradient_norm, scheduler.get_last_lr()[0], now - span_began)
+            values["seconds_left"] = (now - began) / (step - start.step) * (plan.total_updates - step)
+            reporter.log(step, values)
+            span_began = now
+
+        epoch, within_epoch = divmod(step, plan.updates_per_epoch)
+        if within_epoch == 0:
+            path = checkpoint.epoch_end_path(folder, epoch - 1)
+        elif args.save_steps and step % args.save_steps == 0:
+            path = checkpoint.within_epoch_path(folder, epoch, step)
+        else:
+            continue
+        lanes = next(iter(options.values())).lanes
+        state = snapshot(args, world, plan, lanes, step, model, optimizer, scheduler, sources)
+        if state is not None:  # rank 0
+            checkpoint.save(state, path)
+            checkpoint.prune(folder, path, only_newest=args.delete_previous_checkpoint)
+            log.info("saved %s", path)
+            if args.save_checkpoints_to_wandb:
+                reporter.upload(path)
+
+    reporter.close()
+    log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
+    # Before the process group goes: a process that ends with a live DDP object may abort.
+    del parallel_model
+
+
+def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None) -> dict[str, DataOptions]:
+    """What each dataset's loader needs to know. `saved_lanes`: those of the run that is continued."""
+    from open_flamingo.train.data.loader import DataOptions, resolve_lanes, resolve_workers
+    from open_flamingo.train.data.shards import expand_shards
+
+    lanes = resolve_lanes(args.data_lanes or saved_lanes, world.world_size, args.workers)
+    options = {}
+    for kind in ("laion", "mmc4"):
+        if (spec := getattr(args, f"{kind}_shards")) is None:
+            continue
+        batch_size = getattr(args, f"batch_size_{kind}")
+        options[kind] = DataOptions(
+            kind=kind,
+            shards=expand_shards(spec),
+            batch_size=batch_size,
+            workers=resolve_workers(args.workers, batch_size, world.world_size, lanes),
+            seed=args.seed,
+            lanes=lanes,
+            resampled=args.dataset_resampled,
+            max_image_pixels=args.max_image_pixels,
+            mmc4_textsim_threshold=args.mmc4_textsim_threshold,
+            mmc4_max_num_images=args.mmc4_max_num_images,
+            mmc4_min_num_images=args.mmc4_min_num_images,
+            shuffle_buffer=getattr(args, f"shuffle_buffer_{kind}"),
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+    return options
+
+
+if __name__ == "__main__":
+    main()
