@@ -1,0 +1,318 @@
+"""Flamingo: images → patch tokens → latents → a language model that sees them.
+
+After Flamingo (Alayrac et al. 2022) and open-flamingo 2.0.1, whose interface and parameter names this keeps.
+
+Dimensions: B batch, T text tokens, I image slots, N most images of a row, M images in all, F frames (1), V patch tokens,
+L latents an image, D width of text, E width of images.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .language_model import (
+    ConditionedLayer,
+    Conditioning,
+    add_gated_cross_attention,
+    add_new_token_rows,
+    cache_length,
+    conditioned,
+    input_embedding,
+    output_head,
+    run,
+)
+from .loss import has_base_model, labelled_loss
+from .resampler import PerceiverResampler
+from .vision import patch_tokens, prepare_for_tokens
+from .weights import load_into
+
+
+class Flamingo(nn.Module):
+    """A vision encoder and a language model, both frozen, joined by what is trained: a Perceiver resampler, gated
+    cross-attention blocks, and the embeddings of `<image>` and `<|endofchunk|>`.
+
+    Args:
+        vision_encoder: an OpenCLIP vision tower (or any module that gives patch tokens, see `vision.patch_tokens`).
+        lang_encoder: a Hugging Face decoder-only causal language model. It is changed in place.
+        eoc_token_id: id of `<|endofchunk|>`, which ends a generated text.
+        media_token_id: id of `<image>`, which marks an image's place in the text.
+        vis_dim: E, the width of the vision encoder's patch tokens.
+        cross_attn_every_n_layers: a gated block before every n-th decoder layer.
+        gradient_checkpointing: see `set_gradient_checkpointing`.
+        decoder_layers_attr_name: where the language model's decoder layers are; found by structure if None.
+        freeze_lm_embeddings: do not train the new tokens' rows.
+        train_output_rows: where the output head is not tied to the input embedding, train its rows of the new tokens
+            too. (Tied heads share the rows.)
+        pad_token_id: what `generate` pads with; the language model's own, or else `eoc_token_id`, if None.
+
+    Raises:
+        ValueError: the language model is not a decoder-only model with a head.
+    """
+
+    def __init__(
+        self,
+        vision_encoder: nn.Module,
+        lang_encoder: nn.Module,
+        eoc_token_id: int,
+        media_token_id: int,
+        vis_dim: int,
+        cross_attn_every_n_layers: int = 1,
+        gradient_checkpointing: bool = False,
+        *,
+        decoder_layers_attr_name: str | None = None,
+        freeze_lm_embeddings: bool = False,
+        train_output_rows: bool = False,
+        pad_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_is_causal(lang_encoder)
+        self.eoc_token_id = eoc_token_id
+        self.media_token_id = media_token_id
+        self.pad_token_id = pad_token_id
+        self.vis_dim = vis_dim
+        self.cross_attn_every_n_layers = cross_attn_every_n_layers
+
+        # Frozen first: whatever is added after this line is trained.
+        # (In this order, which is the reference's: its optimizer state is numbered by it.)
+        self.vision_encoder = vision_encoder.requires_grad_(False)
+        prepare_for_tokens(self.vision_encoder)
+        self.perceiver = PerceiverResampler(vis_dim)
+        self.lang_encoder = lang_encoder.requires_grad_(False)
+        self.decoder_layers_name, _ = add_gated_cross_attention(
+            self.lang_encoder, vis_dim, cross_attn_every_n_layers, decoder_layers_attr_name
+        )
+        rows = add_new_token_rows(self.lang_encoder, [eoc_token_id, media_token_id], train_output_rows)
+        rows[0].requires_grad_(not freeze_lm_embeddings)
+
+        self._takes_position_ids = "position_ids" in inspect.signature(self.lang_encoder.forward).parameters
+        self._cached_media: tuple[Tensor, Tensor] | None = None
+        self.set_gradient_checkpointing(gradient_checkpointing)
+        self.train(self.training)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Its parts
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The language model's layers, each a `ConditionedLayer`."""
+        return self.lang_encoder.get_submodule(self.decoder_layers_name)  # type: ignore[return-value]
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute gated blocks, decoder layers and the resampler in the backward pass instead of keeping their
+        activations: less memory, one more forward."""
+        self.gradient_checkpointing = enabled
+        for layer in self.decoder_layers:
+            layer.gradient_checkpointing = enabled  # type: ignore[assignment]
+
+    def train(self, mode: bool = True) -> "Flamingo":
+        """Set the mode of what is trained. The frozen parts stay in eval mode always.
+
+        The reference also turns on the frozen language model's dropout (OPT's is 0.1): noise in a function that is not
+        being fitted, and different on every layout of ranks.
+        """
+        super().train(mode)
+        self.vision_encoder.eval()
+        self.lang_encoder.eval()
+        for layer in self.decoder_layers:
+            if isinstance(layer, ConditionedLayer) and layer.gated_cross_attn_layer is not None:
+                layer.gated_cross_attn_layer.train(mode)
+        return self
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Forward
+
+    def forward(
+        self,
+        vision_x: Tensor | None,
+        lang_x: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        clear_conditioned_layers: bool = True,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        *,
+        image_counts: Sequence[int] | None = None,
+    ) -> CausalLMOutputWithPast:
+        """The loss of `labels`, or the logits of all tokens.
+
+        Args:
+            vision_x: images [B, I, F, 3, height, width], prepared by the image processor, F = 1. Row b's images are its
+                first slots, one for each `<image>` token of its text in their order; later slots are padding and
+                are not looked at. None: the images given to `cache_media`.
+            lang_x: token ids, long[B, T].
+            attention_mask: [B, T], 0 where a token is padding.
+            labels: long[B, T], -100 where a token does not count. With labels, `logits` is None: only the logits
+                of positions whose next token has a label are made, a piece at a time.
+            clear_conditioned_layers: accepted for the reference's callers. Nothing needs clearing here.
+            past_key_values: a cache of earlier tokens, as Hugging Face models take it. The images are those of
+                `lang_x` nevertheless, or those of `cache_media`.
+            use_cache: return `past_key_values` (without labels).
+            image_counts: how many `<image>` tokens each row of `lang_x` has. Saves waiting for the GPU to
+                count them.
+
+        Returns:
+            `loss` (float32 scalar, mean over the labels that count, 0 if none does), or `logits` [B, T, vocabulary].
+
+        Raises:
+            ValueError: a row has more `<image>` tokens than image slots, or `vision_x` is not of six dimensions.
+        """
+        conditioning = self._condition(vision_x, lang_x, image_counts, start=cache_length(past_key_values))
+        inputs: dict[str, Any] = {"input_ids": lang_x, "attention_mask": attention_mask}
+        if attention_mask is not None and self._takes_position_ids:
+            # By default some models count left padding as positions.
+            positions = attention_mask.long().cumsum(-1).sub_(1).clamp_(min=0)
+            inputs["position_ids"] = positions[:, -lang_x.shape[1] :]
+        if past_key_values is not None:
+            inputs["past_key_values"] = past_key_values
+
+        with conditioned(conditioning):
+            if labels is None:
+                return self.lang_encoder(**inputs, use_cache=use_cache)
+            if not has_base_model(self.lang_encoder):
+                return self.lang_encoder(**inputs, labels=labels, use_cache=False)
+            base_model: Any = self.lang_encoder.base_model
+            conditioning.select(lang_x.shape[0], conditioning.start, lang_x.shape[1], past_key_values is not None)
+            hidden_states = base_model(**inputs, use_cache=False)[0]
+            return CausalLMOutputWithPast(loss=labelled_loss(self.lang_encoder, hidden_states, labels))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        vision_x: Tensor | None,
+        lang_x: Tensor,
+        attention_mask: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Tensor:
+        """Continue prompts, with Hugging Face's `generate`.
+
+        Args:
+            vision_x: images [B, I, 1, 3, height, width], as for `forward`.
+            lang_x: prompts, long[B, T], padded on the left.
+            attention_mask: [B, T], 0 where a token is padding. None: every token but the padding token counts.
+            generate_kwargs: `max_new_tokens`, `num_beams`, … By default a text ends with `<|endofchunk|>`.
+
+        Returns:
+            Prompts and continuations, long[B · num_return_sequences, T + new tokens].
+        """
+        generate_kwargs.setdefault("eos_token_id", self.eoc_token_id)
+        config: Any = getattr(self.lang_encoder, "generation_config", self.lang_encoder.config)
+        pad = next((i for i in (self.pad_token_id, config.pad_token_id) if i is not None), self.eoc_token_id)
+        pad = generate_kwargs.setdefault("pad_token_id", pad)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(lang_x) if pad == self.eoc_token_id else (lang_x != pad).long()
+        with conditioned(self._condition(vision_x, lang_x, None)):
+            return self.lang_encoder.generate(  # type: ignore[operator]
+                input_ids=lang_x, attention_mask=attention_mask, **generate_kwargs
+            )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Images
+
+    def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
+        """Keep the latents of a context's images for `forward` and `generate` with `vision_x=None`.
+
+        Text with no `<image>` in any row then sees each row's last image of the context; otherwise its `<image>` tokens
+        stand for the cached images, from the first.
+
+        Args:
+            input_ids: the context's token ids, long[B, T].
+            vision_x: its images [B, I, 1, 3, height, width].
+        """
+        counts = self._count_images(input_ids)
+        last = torch.tensor(counts, device=input_ids.device).unsqueeze(1)
+        self._cached_media = (self._encode_images(vision_x, counts, len(input_ids)), last)
+
+    def uncache_media(self) -> None:
+        """Forget the images of `cache_media`."""
+        self._cached_media = None
+
+    def _condition(
+        self, vision_x: Tensor | None, lang_x: Tensor, image_counts: Sequence[int] | None, start: int = 0
+    ) -> Conditioning:
+        """What the decoder layers need to know of the images."""
+        text_time = (lang_x == self.media_token_id).cumsum(1)
+        if vision_x is not None:
+            counts = list(image_counts) if image_counts is not None else self._count_images(lang_x)
+            return Conditioning(self._encode_images(vision_x, counts, len(lang_x)), text_time, start)
+        if self._cached_media is None:
+            raise ValueError("vision_x is None, and no images are cached: pass images, or call cache_media first")
+        latents, last = self._cached_media
+        counts = self._count_images(lang_x)
+        if not any(counts):
+            text_time = last.expand(-1, lang_x.shape[1])
+        check_counts(counts, latents.shape[1])
+        return Conditioning(latents, text_time, start)
+
+    def _count_images(self, lang_x: Tensor) -> list[int]:
+        return (lang_x == self.media_token_id).sum(1).tolist()
+
+    def _encode_images(self, vision_x: Tensor, counts: Sequence[int], rows: int) -> Tensor:
+        """Latents [B, N, L, E] of the images that the text names, N the most of a row (at least 1).
+
+        Only those reach the vision encoder. A batch that names none still encodes one slot, which no token sees: its
+        gradient is 0, but every trained parameter takes part in the step, as data parallelism needs.
+
+        Args:
+            vision_x: [B, I, 1, 3, height, width].
+            counts: images of each row.
+            rows: B.
+        """
+        if vision_x.ndim != 6 or vision_x.shape[2] != 1:
+            raise ValueError(
+                "vision_x must be (batch, images, frames, channels, height, width) with one frame, "
+                f"not {tuple(vision_x.shape)}"
+            )
+        if len(vision_x) != rows or len(counts) != rows:
+            raise ValueError(f"{rows} rows of text, but {len(vision_x)} of images and {len(counts)} image counts")
+        slots = vision_x.shape[1]
+        check_counts(counts, slots)
+        most = max(1, *counts)
+        if all(count == slots for count in counts):
+            return self._encode(vision_x.flatten(0, 1)).unflatten(0, (rows, slots))
+
+        real = [(row, image) for row, count in enumerate(counts) for image in range(count)] or [(0, 0)]
+        index = torch.tensor(real).T.to(vision_x.device, non_blocking=True)
+        images = vision_x[index[0], index[1]] if slots else vision_x.new_zeros(1, *vision_x.shape[2:])
+        latents = self._encode(images)
+        padded = latents.new_zeros(rows, most, *latents.shape[1:])
+        return padded.index_put((index[0], index[1]), latents)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Images [M, F, 3, height, width] → latents [M, L, E]."""
+        dtype = next(self.vision_encoder.parameters()).dtype
+        with torch.no_grad():
+            features = patch_tokens(self.vision_encoder, images.flatten(0, 1).to(dtype))
+        features = features.unflatten(0, (len(images), 1, -1)).to(self.perceiver.latents.dtype)  # [M, 1, F, V, E]
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return run(self.perceiver, features, recompute=recompute).squeeze(1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Weights
+
+    def load_state_dict(  # type: ignore[override]  # `assign` makes no sense for rows that are parts of a matrix
+        self, state_dict: Mapping[str, Tensor], strict: bool = True
+    ) -> _IncompatibleKeys:
+        """Load a checkpoint of this program or of the reference; see `weights.load_into`."""
+        return load_into(self, state_dict, strict)
+
+
+def check_counts(counts: Sequence[int], slots: int) -> None:
+    """Raise ValueError if a row's text names more images than there are."""
+    for row, count in enumerate(counts):
+        if count > slots:
+            raise ValueError(f"row {row} has {count} <image> tokens but only {slots} image slots")
+
+
+def check_is_causal(lang_encoder: nn.Module) -> None:
+    """Raise ValueError unless this is a decoder-only language model with a head."""
+    name = type(lang_encoder).__name__
+    if getattr(getattr(lang_encoder, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; a decoder-only language model is needed")
+    if not hasattr(lang_encoder, "get_output_embeddings") or output_head(lang_encoder) is None:
+        raise ValueError(f"{name} has no language-modelling head; load it with AutoModelForCausalLM")
+    input_embedding(lang_encoder)

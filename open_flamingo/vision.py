@@ -1,0 +1,72 @@
+"""Patch tokens out of any OpenCLIP vision tower.
+
+OpenCLIP gives one pooled vector an image; a Flamingo needs the tokens before pooling. For OpenCLIP's own ViTs these are
+the last block's output *before* the final layer norm `ln_post`: that is what released OpenFlamingo weights were trained
+on. OpenCLIP ≥ 2.24 applies `ln_post` to the tokens it returns unless a tower's config says otherwise, so the tower's
+own output is not used here.
+
+Dimensions: M images, C channels, V patch tokens, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def patch_tokens(tower: nn.Module, images: Tensor) -> Tensor:
+    """Images [M, 3, height, width] → patch tokens [M, V, D], found by what the tower is made of:
+
+    - a timm trunk: its feature map, or its tokens less the class and register tokens
+    - OpenCLIP's ResNets: the feature map before attention pooling
+    - OpenCLIP's ViTs: the last block's output, before `ln_post` and without the class token
+    - anything else: what it returns, or the last item of a tuple (pooled, tokens)
+
+    Raises:
+        ValueError: the tower gives neither tokens [M, V, D] nor a feature map [M, D, height, width].
+    """
+    tower_: Any = tower
+    if hasattr(tower, "trunk"):
+        trunk = tower_.trunk
+        features = trunk.forward_features(images)
+        if features.ndim == 4 and getattr(trunk, "output_fmt", "NCHW") == "NHWC":
+            return features.flatten(1, 2)
+        if features.ndim == 3:
+            features = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    elif hasattr(tower, "attnpool") and hasattr(tower, "layer4"):
+        features = tower_.stem(images)
+        for layer in (tower_.layer1, tower_.layer2, tower_.layer3, tower_.layer4):
+            features = layer(features)
+    elif hasattr(tower, "ln_post") and hasattr(tower, "forward_intermediates"):
+        outputs = tower_.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NLC")
+        features = outputs["image_intermediates"][-1]
+    else:
+        features = tower(images)
+        if isinstance(features, (tuple, list)):
+            features = features[-1]
+
+    if features.ndim == 4:
+        return features.flatten(2).transpose(1, 2)
+    if features.ndim != 3:
+        raise ValueError(
+            f"the vision encoder {type(tower).__name__} gives features of shape {tuple(features.shape)}: expected "
+            "patch tokens (images, tokens, width) or a feature map (images, width, height, width)"
+        )
+    return features
+
+
+@torch.no_grad()
+def patch_width(tower: nn.Module, image_size: tuple[int, int]) -> int:
+    """D, the width of the tower's patch tokens: measured on one blank image of `image_size` (height, width)."""
+    parameter = next(tower.parameters())
+    image = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
+    return patch_tokens(tower, image).shape[-1]
+
+
+def prepare_for_tokens(tower: nn.Module) -> None:
+    """Make an OpenCLIP ViT without `forward_intermediates` (OpenCLIP < 2.27) return its tokens, before `ln_post`."""
+    tower_: Any = tower
+    if hasattr(tower, "ln_post") and not hasattr(tower, "forward_intermediates"):
+        tower_.output_tokens = True
+        if hasattr(tower, "final_ln_after_pool"):
+            tower_.final_ln_after_pool = True
