@@ -1,0 +1,267 @@
+"""Lanes: endless, deterministic streams of samples, each with two integers of state.
+
+    ShardOrder.url(lane, k)     the k-th shard of a lane: a function of the seed alone
+    read_shard(url)             raw samples of a shard: {"__key__", "__url__", "jpg": bytes, ...}
+    shuffle(samples, size)      the same, in another order; drains at the shard's end
+    Lane                        prepared samples, for ever; `cursor` (k, n) follows the last one
+
+A lane's cursor (k, n) says: n raw samples of its k-th shard have left the shuffle buffer. All that is random about the
+n-th sample of shard k comes from (seed, kind, lane, k, n), so the cursor is the whole state.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import numpy as np
+import webdataset as wds
+from webdataset.tariterators import group_by_keys
+
+from open_flamingo.train.data.samples import DataError, Drop, Sample, SampleError
+
+logger = logging.getLogger(__name__)
+
+RawSample = dict[str, Any]
+Cursor = tuple[int, int]
+
+# A shard of nothing but broken samples is the sign of a wrong data set, not of bad luck.
+FAILURES_IN_A_ROW = 100
+# What the randomness is for; the first element of each key, so that no two uses share numbers.
+PASS, DRAW, BUFFER, COIN, FLIP = range(5)
+
+
+def _hash(key: tuple[object, ...], size: int) -> int:
+    # A hash and not a generator: stateless, and the same on any machine and in any version of Python and numpy.
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=size).digest(), "little")
+
+
+def uniform(*key: object) -> float:
+    """A number in [0, 1) that depends on `key` alone. `key` holds ints and strings."""
+    return (_hash(key, 8) >> 11) * 2.0**-53
+
+
+@functools.lru_cache(maxsize=2)  # neighbouring lanes are in the same pass, or in the next
+def _permutation(length: int, *key: object) -> np.ndarray:
+    # Raw bits are kept stable between numpy's versions; `Generator.permutation` is not.
+    raw = np.random.Philox(key=_hash(key, 16)).random_raw(length)
+    return np.argsort(raw, kind="stable")
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """Which shard comes when in which lane.
+
+    Without replacement: permutations of the list, one a pass, laid end to end; lane l takes entries l, l + lanes, …
+    With it (`resampled`): each draw on its own.
+    """
+
+    urls: tuple[str, ...]
+    lanes: int
+    seed: int
+    kind: str
+    resampled: bool = False
+
+    def url(self, lane: int, k: int) -> str:
+        """The `k`-th shard of `lane`."""
+        if self.resampled:
+            return self.urls[_hash((DRAW, self.seed, self.kind, lane, k), 8) % len(self.urls)]
+        number, place = divmod(lane + k * self.lanes, len(self.urls))
+        return self.urls[_permutation(len(self.urls), PASS, self.seed, self.kind, number)[place]]
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What is random about one sample."""
+
+    key: tuple[object, ...]
+
+    def coin(self) -> float:
+        """Uniform in [0, 1): the coin for documents of one image."""
+        return uniform(COIN, *self.key)
+
+    def flip(self, image: int) -> bool:
+        """Whether the `image`-th picture of the sample is mirrored; one coin for each."""
+        return uniform(FLIP, *self.key, image) < 0.5
+
+
+@dataclass
+class Counts:
+    """What did not become a sample, by reason: `dropped` on purpose, `errors` because something is broken."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A damaged header is an error; tarfile takes one that is not the first for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _tar_members(stream: IO[bytes], url: str) -> Iterator[dict[str, Any]]:
+    """{"fname", "data", "__url__"} for each file of a tar stream, plain or compressed."""
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isreg() else None
+            if file is not None and not member.name.startswith("__"):  # webdataset's own metadata
+                yield {"fname": member.name, "data": file.read(), "__url__": url}
+            tar.members = []  # tarfile keeps every header otherwise
+
+
+def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
+    """The samples of a shard: consecutive files of one key, by lower-case suffix, undecoded.
+
+    Raises SampleError at the end of what can be read: the shard cannot be opened, is cut off or damaged, or the command that
+    pipes it failed.
+    """
+
+    def duplicate(error: Exception) -> bool:  # a second file of one name: keep the first
+        counts.errors["duplicate_member"] += 1
+        return True
+
+    found = False
+    stream: Any = None
+    try:
+        stream = wds.gopen(url)
+        for sample in group_by_keys(_tar_members(stream, url), handler=duplicate):
+            found = True
+            yield sample
+        # To the very end, past tar's padding: only then does a pipe tell how its command ended.
+        while stream.read(1 << 20):
+            pass
+        stream.close()
+    except (OSError, EOFError, tarfile.TarError, ValueError, RuntimeError) as error:  # zlib, lzma and curl among them
+        raise SampleError("damaged_shard" if found else "unreadable_shard", f"{url}: {error}") from error
+    finally:
+        _close_quietly(stream)
+
+
+def _close_quietly(stream: Any) -> None:
+    # A pipe that we stop reading early ends with an error of its own, which says nothing.
+    try:
+        if stream is not None:
+            stream.close()
+    except Exception as error:
+        logger.debug("closing %s: %s", stream, error)
+
+
+def shuffle(samples: Iterable[RawSample], size: int, key: tuple[object, ...]) -> Iterator[RawSample]:
+    """`samples` through a buffer of `size`: each time one of it, drawn by `key` and the number of samples before it.
+
+    What `samples` raises comes after the buffer has drained, so it cannot change which samples come before it.
+    """
+    iterator = iter(samples)
+    buffer: list[RawSample] = []
+    failure: SampleError | None = None
+    exhausted = False
+    n = 0
+    while True:
+        while not exhausted and len(buffer) < max(1, size):
+            try:
+                buffer.append(next(iterator))
+            except StopIteration:
+                exhausted = True
+            except SampleError as error:
+                exhausted, failure = True, error
+        if not buffer:
+            break
+        chosen = int(uniform(BUFFER, *key, n) * len(buffer))
+        buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+        yield buffer.pop()
+        n += 1
+    if failure is not None:
+        raise failure
+
+
+Prepare = Callable[[RawSample, Randomness, Counts], Sample]
+
+
+class Lane:
+    """The accepted samples of one lane, from a cursor on, without end.
+
+    Args:
+        prepare: raw sample → `Sample`; raises `Drop` or `SampleError`.
+        buffer_size: raw samples of the shuffle buffer.
+        cursor: where to begin; (0, 0) is the beginning.
+        counts: where drops and errors are counted; may be shared between lanes.
+
+    Raises DataError (from `next`) after 100 failures in a row, or when every shard of the list has yielded nothing.
+    """
+
+    def __init__(
+        self, index: int, order: ShardOrder, prepare: Prepare, buffer_size: int, cursor: Cursor, counts: Counts
+    ) -> None:
+        self.index = index
+        self.cursor = cursor
+        self._order = order
+        self._prepare = prepare
+        self._buffer_size = buffer_size
+        self._counts = counts
+        self._failures = 0
+        self._barren: set[str] = set()
+        self._samples = self._run()
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self
+
+    def __next__(self) -> Sample:
+        return next(self._samples)
+
+    def _run(self) -> Iterator[Sample]:
+        k, skip = self.cursor
+        while True:
+            url = self._order.url(self.index, k)
+            fruitful = skip > 0  # what was skipped was used before
+            try:
+                for n, sample in self._shard(url, k, skip):
+                    fruitful = True
+                    self._failures = 0
+                    self._barren.clear()
+                    self.cursor = (k, n + 1)
+                    yield sample
+            except SampleError as error:
+                self._failed(error, url)
+            if not fruitful:
+                self._barren.add(url)
+                if len(self._barren) == len(set(self._order.urls)):
+                    raise DataError(
+                        f"a whole pass over the {self._order.kind} shards ({len(self._order.urls)}) yielded no sample; the last "
+                        f"one is {url}. Left out so far: {dict(self._counts.dropped)}, broken: {dict(self._counts.errors)}"
+                    )
+            k, skip = k + 1, 0
+
+    def _shard(self, url: str, k: int, skip: int) -> Iterator[tuple[int, Sample]]:
+        key = (self._order.seed, self._order.kind, self.index, k)
+        for n, raw in enumerate(shuffle(read_shard(url, self._counts), self._buffer_size, key)):
+            if n < skip:
+                continue
+            try:
+                sample = self._prepare(raw, Randomness((*key, n)), self._counts)
+            except Drop as reason:
+                self._counts.dropped[str(reason)] += 1
+                self._failures = 0
+            except SampleError as error:
+                self._failed(error, f"{url}#{raw['__key__']}")
+            else:
+                yield n, sample
+
+    def _failed(self, error: SampleError, where: str) -> None:
+        self._counts.errors[error.reason] += 1
+        self._failures += 1
+        logger.debug("%s: %s", where, error)
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise DataError(
+                f"{self._failures} {self._order.kind} samples in a row failed; the last is {where}: {error}"
+            )

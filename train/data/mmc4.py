@@ -1,0 +1,145 @@
+"""MMC4: documents of sentences and pictures; and the synthetic (`is_gpt`) kind, where markers in the text name pictures.
+
+Everything that can reject a document or a picture is decided before any pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pybase64
+from scipy.optimize import linear_sum_assignment
+
+from open_flamingo.train.data.images import ImagePreparer
+from open_flamingo.train.data.lanes import Counts, Randomness, RawSample
+from open_flamingo.train.data.samples import Drop, Sample, SampleError
+from open_flamingo.train.data.text import TextEncoder
+
+MAX_TOKENS = 256
+MIN_KILOBYTES = 10  # pictures of fewer than 11,000 bytes are icons and buttons
+SINGLE_IMAGE_DROPPED = 0.5  # of the documents of one picture
+MARKER = re.compile(r"_!_IMAGE\d+_!_")
+
+
+class Mmc4Preparer:
+    """Raw sample (`json`) → text with `<image>` before each picture's sentence, and the pictures in that order.
+
+    Pictures are matched to sentences one to one, so that the sum of similarities is the greatest; matches under
+    `textsim_threshold` are dropped; of more than `max_num_images` the first in the text stay.
+
+    Drops `no_image` (none that is there, over 10 KB, and not too large), `no_match` (none similar enough), `few_images` (fewer than
+    `min_num_images` within 256 tokens), `single_image` (by the coin), `image_last` (nothing follows the only `<image>`); counts
+    pictures that are `image_too_large`. Errors `no_json`, `bad_json`, `bad_document`, `bad_similarity`, `bad_base64`, `corrupt_image`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prepare_image: ImagePreparer,
+        textsim_threshold: float = 30,
+        min_num_images: int = 1,
+        max_num_images: int = 6,
+    ) -> None:
+        self.encode = TextEncoder(tokenizer, MAX_TOKENS)
+        self.prepare_image = prepare_image
+        self.textsim_threshold = textsim_threshold
+        self.min_num_images = max(1, min_num_images)  # without a picture nothing is learnt
+        self.max_num_images = max_num_images
+
+    def __call__(self, raw: RawSample, randomness: Randomness, counts: Counts) -> Sample:
+        synthetic, parts, images = self._read(raw, counts)
+        input_ids = self.encode(parts)
+        count = input_ids.count(self.encode.media_token_id)
+        if count < self.min_num_images:
+            raise Drop("few_images")
+        if count == 1 and not synthetic and randomness.coin() <= SINGLE_IMAGE_DROPPED:
+            raise Drop("single_image")
+        if count == 1 and input_ids[-1] == self.encode.media_token_id:
+            raise Drop("image_last")
+        # Pictures whose <image> was cut off are not decoded.
+        pixels = [self.prepare_image(image, flip=randomness.flip(i)) for i, image in enumerate(images[:count])]
+        return Sample(pixels, input_ids, f"{raw['__url__']}#{raw['__key__']}")
+
+    def _read(self, raw: RawSample, counts: Counts) -> tuple[bool, list[str], list[bytes]]:
+        """Whether it is of the synthetic kind, the parts of its text (see `text`), and a picture for each part but the first."""
+        if "json" not in raw:
+            raise SampleError("no_json", "a document is one json file")
+        try:
+            document = json.loads(raw["json"])
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise SampleError("bad_json", str(error)) from error
+        try:
+            if "is_gpt" in document:
+                return True, *self._read_synthetic(document)
+            return False, *self._read_interleaved(document, counts)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise SampleError("bad_document", f"{type(error).__name__}: {error}") from error
+
+    def _read_interleaved(self, document: dict[str, Any], counts: Counts) -> tuple[list[str], list[bytes]]:
+        sentences, similarity, infos = document["text_list"], document["similarity_matrix"], document["image_info"]
+        usable = {}
+        for i, info in enumerate(infos):
+            if not info.get("image_base64"):  # it could not be downloaded
+                continue
+            image = decode_base64(info["image_base64"])
+            if len(image) // 1000 <= MIN_KILOBYTES:
+                continue
+            if self.prepare_image.too_large(image):
+                counts.dropped["image_too_large"] += 1
+                continue
+            usable[i] = image
+        if not usable:
+            raise Drop("no_image")
+        places = self._places(similarity, list(usable))
+        if not places:
+            raise Drop("no_match")
+        chosen = sorted(places)[: self.max_num_images]
+        bounds = [0, *chosen, len(sentences)]
+        parts = [" ".join(sentences[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+        if chosen[-1] >= len(sentences):
+            raise IndexError("the similarity matrix has more columns than there are sentences")
+        # One space after <image> goes, as in the reference; the one before it is that of the join, which is left out above.
+        return [parts[0], *(part.removeprefix(" ") for part in parts[1:])], [usable[places[place]] for place in chosen]
+
+    def _places(self, similarity: Any, usable: list[int]) -> dict[int, int]:
+        """Sentence → picture, for the matches that are similar enough."""
+        try:
+            scores = np.array(similarity, dtype=float)[usable]
+            # Negated rather than `maximize=True`: so that ties fall as in the reference.
+            matches = zip(*linear_sum_assignment(-scores), strict=True)
+        except (IndexError, ValueError, TypeError) as error:  # a row too few, ragged, NaN
+            raise SampleError("bad_similarity", str(error)) from error
+        return {int(place): usable[row] for row, place in matches if not scores[row, place] < self.textsim_threshold}
+
+    def _read_synthetic(self, document: dict[str, Any]) -> tuple[list[str], list[bytes]]:
+        text, image_map = document["example"], document["image_map"]
+        markers = MARKER.findall(text)[: self.max_num_images]
+        parts = MARKER.split(text)
+        # One space on each side of a marker goes, as in the reference.
+        parts = [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]
+        parts = [parts[0], *(part.removeprefix(" ") for part in parts[1:])]
+        images = [decode_base64(image_map[marker]["base64_image"]) for marker in markers]
+        if any(self.prepare_image.too_large(image) for image in images):
+            raise Drop("image_too_large")  # the text speaks of it: there is no document without it
+        return parts[: len(markers) + 1], images
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of `text`; characters outside the alphabet are skipped, as the standard library does.
+
+    Raises SampleError if the padding is wrong.
+    """
+    if text.startswith("b'"):  # the reference's converter wrote `str(bytes)`
+        text = text[2:].removesuffix("'")
+    try:
+        return pybase64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    try:
+        return pybase64.b64decode(text)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError("bad_base64", str(error)) from error

@@ -1,0 +1,60 @@
+"""Text with pictures in it → token ids.
+
+A text is given as its parts: what stands before the first picture, then what follows each one. So parts [a, b, c] are
+
+    a <image> b <|endofchunk|> <image> c <|endofchunk|> {eos}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MEDIA_TOKEN = "<image>"
+EOC_TOKEN = "<|endofchunk|>"
+
+
+class TextEncoder:
+    """Parts of a text → token ids, cut at `max_tokens`.
+
+    `<image>` and `<|endofchunk|>` that are written out in the data are plain text: they never become the special tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer that knows both special tokens.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.media_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
+        self.eoc_token_id = tokenizer.convert_tokens_to_ids(EOC_TOKEN)
+        for token, token_id in ((MEDIA_TOKEN, self.media_token_id), (EOC_TOKEN, self.eoc_token_id)):
+            if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
+                raise ValueError(f"the tokenizer does not know {token}; create_model_and_transforms adds it")
+
+    def __call__(self, parts: list[str]) -> list[int]:
+        """Ids of the text, at most `max_tokens`; a text that is cut has no `<|endofchunk|>` at its end."""
+        if any(MEDIA_TOKEN in part or EOC_TOKEN in part for part in parts):
+            return self._piece_by_piece(parts)
+        # One call on the whole text: what a tokenizer makes of a text can depend on what stands before it.
+        chunks = EOC_TOKEN.join(MEDIA_TOKEN + part for part in parts[1:])
+        text = f"{parts[0]}{chunks}{EOC_TOKEN}{self.tokenizer.eos_token}"
+        return list(self.tokenizer(text, max_length=self.max_tokens, truncation=True).input_ids)
+
+    def _piece_by_piece(self, parts: list[str]) -> list[int]:
+        before, after = self._added_by_tokenizer()
+        ids = list(before)
+        for i, part in enumerate(parts):
+            if i > 0:
+                ids += [self.media_token_id]
+            ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids
+            if i > 0 or len(parts) == 1:
+                ids += [self.eoc_token_id]
+        ids += [self.tokenizer.eos_token_id]
+        return ids[: self.max_tokens - len(after)] + after
+
+    def _added_by_tokenizer(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before a text (BOS, say) and after it."""
+        whole = list(self.tokenizer("a").input_ids)
+        plain = list(self.tokenizer("a", add_special_tokens=False).input_ids)
+        at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[:at], whole[at + len(plain) :]
