@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -110,19 +113,37 @@ def load_vision_encoder(
                 f"{pretrained!r} is neither a file nor an OpenCLIP weight tag of {path}; "
                 f"its tags are: {', '.join(tags) or 'none'}"
             )
-    clip, _, image_processor = open_clip.create_model_and_transforms(
-        name, pretrained=None if tower_weights is not None else pretrained, cache_dir=cache_dir
-    )
-    tower = clip.visual
-    if tower_weights is not None:
+    with no_warning_of_random_weights(pretrained is not None):
         try:
-            tower.load_state_dict(tower_weights)
+            clip, _, image_processor = open_clip.create_model_and_transforms(
+                name, pretrained=None if tower_weights is not None else pretrained, cache_dir=cache_dir
+            )
+            if tower_weights is not None:
+                clip.visual.load_state_dict(tower_weights)
         except RuntimeError as error:
-            raise ValueError(f"the weights in {pretrained} do not fit the vision tower of {path}: {error}") from error
-    tower = tower.float().eval()
+            if pretrained is None or not is_file_name(pretrained):
+                raise
+            raise ValueError(f"the weights in {pretrained} do not fit the vision encoder {path}: {error}") from error
+    tower = clip.visual.float().eval()
     prepare_for_tokens(tower)
-    size = tower.image_size
+    size = getattr(tower, "image_size", 224)
     return tower, image_processor, size if isinstance(size, tuple) else (size, size)
+
+
+@contextmanager
+def no_warning_of_random_weights(enabled: bool) -> Iterator[None]:
+    """OpenCLIP warns of a tower with random weights before we have had the chance to load them."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    logger = logging.getLogger()
+    if enabled:
+        logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def is_file_name(pretrained: str) -> bool:
@@ -155,9 +176,8 @@ def register_config(path: Path) -> str:
 
 def read_tower_weights(path: str) -> dict[str, Tensor] | None:
     """The state dict of a file that holds a vision tower alone; None for any other, which OpenCLIP reads itself."""
+    weights: Any
     if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
         weights = load_file(path)
     else:
         try:

@@ -26,7 +26,7 @@ from .language_model import (
     output_head,
     run,
 )
-from .loss import has_base_model, labelled_loss
+from .loss import full_loss, has_base_model, labelled_loss, labelled_positions
 from .resampler import PerceiverResampler
 from .vision import patch_tokens, prepare_for_tokens
 from .weights import load_into
@@ -145,9 +145,11 @@ class Flamingo(nn.Module):
                 first slots, one for each `<image>` token of its text in their order; later slots are padding and
                 are not looked at. None: the images given to `cache_media`.
             lang_x: token ids, long[B, T].
-            attention_mask: [B, T], 0 where a token is padding.
+            attention_mask: [B, T], 0 where a token is padding. Padding on the right needs none: in a causal model no
+                real token sees it. (Without one, attention runs its faster causal kernels.)
             labels: long[B, T], -100 where a token does not count. With labels, `logits` is None: only the logits
-                of positions whose next token has a label are made, a piece at a time.
+                of positions whose next token has a label are made, a piece at a time. They may lie on the CPU: then
+                picking the positions does not wait for the GPU.
             clear_conditioned_layers: accepted for the reference's callers. Nothing needs clearing here.
             past_key_values: a cache of earlier tokens, as Hugging Face models take it. The images are those of
                 `lang_x` nevertheless, or those of `cache_media`.
@@ -161,6 +163,8 @@ class Flamingo(nn.Module):
         Raises:
             ValueError: a row has more `<image>` tokens than image slots, or `vision_x` is not of six dimensions.
         """
+        # What waits for the GPU comes first, while little is queued there.
+        labelled = None if labels is None else labelled_positions(labels, lang_x.device)
         conditioning = self._condition(vision_x, lang_x, image_counts, start=cache_length(past_key_values))
         inputs: dict[str, Any] = {"input_ids": lang_x, "attention_mask": attention_mask}
         if attention_mask is not None and self._takes_position_ids:
@@ -171,14 +175,15 @@ class Flamingo(nn.Module):
             inputs["past_key_values"] = past_key_values
 
         with conditioned(conditioning):
-            if labels is None:
+            if labelled is None:
                 return self.lang_encoder(**inputs, use_cache=use_cache)
             if not has_base_model(self.lang_encoder):
-                return self.lang_encoder(**inputs, labels=labels, use_cache=False)
+                logits = self.lang_encoder(**inputs, use_cache=False).logits
+                return CausalLMOutputWithPast(loss=full_loss(logits, *labelled))
             base_model: Any = self.lang_encoder.base_model
             conditioning.select(lang_x.shape[0], conditioning.start, lang_x.shape[1], past_key_values is not None)
             hidden_states = base_model(**inputs, use_cache=False)[0]
-            return CausalLMOutputWithPast(loss=labelled_loss(self.lang_encoder, hidden_states, labels))  # type: ignore[arg-type]
+            return CausalLMOutputWithPast(loss=labelled_loss(self.lang_encoder, hidden_states, *labelled))
 
     @torch.no_grad()
     def generate(
@@ -272,7 +277,7 @@ class Flamingo(nn.Module):
         slots = vision_x.shape[1]
         check_counts(counts, slots)
         most = max(1, *counts)
-        if all(count == slots for count in counts):
+        if slots and all(count == slots for count in counts):
             return self._encode(vision_x.flatten(0, 1)).unflatten(0, (rows, slots))
 
         real = [(row, image) for row, count in enumerate(counts) for image in range(count)] or [(0, 0)]
@@ -294,11 +299,11 @@ class Flamingo(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # Weights
 
-    def load_state_dict(  # type: ignore[override]  # `assign` makes no sense for rows that are parts of a matrix
-        self, state_dict: Mapping[str, Tensor], strict: bool = True
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
         """Load a checkpoint of this program or of the reference; see `weights.load_into`."""
-        return load_into(self, state_dict, strict)
+        return load_into(self, state_dict, strict, assign)
 
 
 def check_counts(counts: Sequence[int], slots: int) -> None:

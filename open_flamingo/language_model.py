@@ -263,6 +263,11 @@ def add_new_token_rows(
         raise ValueError(f"token ids {ids} do not lie in an embedding matrix of {len(embedding.weight)} rows")
     embedding.padding_idx = None  # it only stops the gradient of one row, and here it would stop a trained one's
     parameters = [_add_rows(embedding, ids)]
+    if head is embedding:
+        merged = MergedMatrix(embedding)
+        lang_encoder.register_forward_pre_hook(merged.put_in)
+        lang_encoder.register_forward_hook(merged.take_out, always_call=True)
+        return parameters
     embedding.register_forward_hook(_embed_new_tokens)
     if heads_are_tied(lang_encoder):
         assert head is not None
@@ -305,3 +310,23 @@ def _new_token_logits(owner: nn.Module, head: nn.Module, args: tuple[Any, ...], 
     bias: Any = getattr(head, "bias", None)
     new_logits = F.linear(args[0], rows.to(args[0].dtype), None if bias is None else bias[ids])
     return logits.index_copy(-1, ids, new_logits.to(logits.dtype))
+
+
+class MergedMatrix:
+    """For a model with no head module, which multiplies by its embedding's matrix somewhere in its forward (the code of
+    MPT-1B): during its forward, the matrix is a new one with the trained rows written in.
+
+    That costs a copy of the matrix and a gradient of its size on the way to the rows, as in the reference.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        self.embedding = embedding
+        self.frozen: list[Any] = []
+
+    def put_in(self, lang_encoder: nn.Module, args: tuple[Any, ...]) -> None:
+        weight, ids, rows = (getattr(self.embedding, name) for name in ("weight", "new_ids", "new_rows"))
+        self.frozen.append(weight)
+        self.embedding._parameters["weight"] = weight.index_copy(0, ids, rows.to(weight.dtype))
+
+    def take_out(self, lang_encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.embedding._parameters["weight"] = self.frozen.pop()

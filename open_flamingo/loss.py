@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .language_model import input_embedding, output_head
+
 IGNORED = -100
 """The label of a token that does not count."""
 
@@ -21,28 +23,38 @@ MAX_LOGITS = 2**25
 """Logits alive at once, in elements: 128 MiB in float32, some 670 positions of a vocabulary of 50,000."""
 
 
-def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the next token over the positions that have a label, in float32.
+def labelled_positions(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which hidden states predict a token that counts, and that token.
+
+    Args:
+        labels: long[B, T], `IGNORED` where a token does not count. On a GPU this waits for it, on the CPU it does not.
+        device: where the result goes.
+
+    Returns:
+        positions: long[P], indices into the hidden states without each row's last, flattened: [B·(T - 1)].
+        targets: long[P], what follows each: label t is predicted from hidden state t - 1.
+    """
+    targets = labels[:, 1:].flatten()
+    positions = (targets != IGNORED).nonzero().squeeze(-1)
+    return positions.to(device, non_blocking=True), targets[positions].to(device, non_blocking=True)
+
+
+def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of the tokens that count, in float32.
 
     Equal to Hugging Face's loss on full logits, but 0 (with a gradient of 0) where no label counts.
 
     Args:
         lang_encoder: a Hugging Face causal language model; its head makes the logits.
         hidden_states: [B, T, D], the last hidden states of its base model.
-        labels: long[B, T], `IGNORED` where a token does not count; label t is predicted from hidden state t - 1. May
-            lie on the CPU: then picking its positions does not wait for the GPU.
+        positions, targets: of `labelled_positions`.
     """
-    targets = labels[:, 1:].flatten()
-    picked = (targets != IGNORED).nonzero().squeeze(-1)
-    targets = targets[picked].to(hidden_states.device, non_blocking=True)
-    picked = picked.to(hidden_states.device, non_blocking=True)
-    hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, picked)
+    hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
 
     def summed_loss(hidden: Tensor, target: Tensor) -> Tensor:
-        logits = logits_of(lang_encoder, hidden)
-        return F.cross_entropy(logits.float(), target, reduction="sum")
+        return F.cross_entropy(logits_of(lang_encoder, hidden).float(), target, reduction="sum")
 
-    vocabulary = lang_encoder.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = len(input_embedding(lang_encoder).weight)
     chunk = max(1, MAX_LOGITS // vocabulary)
     if len(targets) <= chunk:
         total = summed_loss(hidden_states, targets)
@@ -51,6 +63,12 @@ def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, labels: Tensor
         losses = [checkpoint(summed_loss, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
         total = torch.stack(losses).sum()
     return total / max(1, len(targets))
+
+
+def full_loss(logits: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    """The same of full logits [B, T, V], for models whose head cannot be run alone."""
+    logits = logits[:, :-1].flatten(0, 1).index_select(0, positions)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
 
 
 class Echo(nn.Module):
@@ -82,5 +100,8 @@ def logits_of(lang_encoder: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def has_base_model(lang_encoder: nn.Module) -> bool:
-    """Whether the model keeps what makes hidden states apart from its head (code from a hub may not)."""
-    return isinstance(lang_encoder._modules.get(getattr(lang_encoder, "base_model_prefix", "")), nn.Module)
+    """Whether the model keeps what makes hidden states apart from its head. Code from a hub may not: MPT-1B's has neither
+    a base model nor a head, but multiplies by the embedding matrix."""
+    head = output_head(lang_encoder)
+    base_model = lang_encoder._modules.get(getattr(lang_encoder, "base_model_prefix", ""))
+    return base_model is not None and head is not None and head is not input_embedding(lang_encoder)

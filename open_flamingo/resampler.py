@@ -5,6 +5,8 @@ After Flamingo (Alayrac et al. 2022, section 3.1.1). Module names are open-flami
 Dimensions: B batch, N images, F frames, V patch tokens, L latents, D width, H heads, K width of a head.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,7 +50,8 @@ class PerceiverAttention(nn.Module):
         latents = self.norm_latents(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([self.norm_media(features), latents], dim=1)).chunk(2, dim=-1)
-        out = F.scaled_dot_product_attention(*(split_heads(x, self.heads) for x in (query, key, value)))
+        query, key, value = (split_heads(x, self.heads) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value)
         return self.to_out(merge_heads(out))
 
 
@@ -83,7 +86,9 @@ class PerceiverResampler(nn.Module):
         batch, images = features.shape[:2]
         features = features.flatten(2, 3).flatten(0, 1)  # [B·N, F·V, D]
         latents = self.latents.expand(batch * images, -1, -1)
-        for attention, feed in self.layers:  # type: ignore[misc]  # each item is a ModuleList of two
+        pair: Any
+        for pair in self.layers:
+            attention, feed = pair
             latents = attention(features, latents) + latents
             latents = feed(latents) + latents
         return self.norm(latents).unflatten(0, (batch, images))

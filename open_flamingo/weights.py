@@ -84,7 +84,9 @@ def reference_parameter_names(model: "Flamingo") -> dict[str, str]:
     }
 
 
-def load_into(model: "Flamingo", state_dict: Mapping[str, Tensor], strict: bool) -> _IncompatibleKeys:
+def load_into(
+    model: "Flamingo", state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+) -> _IncompatibleKeys:
     """Load a state dict of this program or of the reference, filtered or not, with or without `module.`.
 
     Full matrices may have more or fewer rows than here (padding of the vocabulary): the rows that both have are
@@ -94,9 +96,11 @@ def load_into(model: "Flamingo", state_dict: Mapping[str, Tensor], strict: bool)
         model: the model to load into.
         state_dict: name → tensor.
         strict: raise if anything trained is missing or anything is unexpected.
+        assign: as for `torch.nn.Module.load_state_dict`.
 
     Returns:
-        `missing_keys`: trained parameters that were not there. `unexpected_keys`: names that mean nothing here.
+        `missing_keys`: trained parameters that were not there, but for an untied head's rows, which the reference does
+        not save. `unexpected_keys`: names that mean nothing here.
 
     Raises:
         ValueError: a parameter has another shape here, so the checkpoint is of another model.
@@ -110,12 +114,12 @@ def load_into(model: "Flamingo", state_dict: Mapping[str, Tensor], strict: bool)
                 f"{name} has shape {tuple(given[name].shape)} in the checkpoint and {tuple(own[name].shape)} in this "
                 "model: it is the checkpoint of another model"
             )
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    missing = [name for name in trained if name not in given]
+    missing = [name for name in reference_parameter_names(model) if name not in given]
     unexpected = [name for name in given if name not in own and not is_old_buffer(name)]
     if strict and (missing or unexpected):
         raise RuntimeError(f"cannot load the state dict: missing {missing}, unexpected {unexpected}")
-    nn.Module.load_state_dict(model, {name: tensor for name, tensor in given.items() if name in own}, strict=False)
+    known = {name: tensor for name, tensor in given.items() if name in own}
+    nn.Module.load_state_dict(model, known, strict=False, assign=assign)
     return _IncompatibleKeys(missing, unexpected)
 
 
@@ -148,9 +152,9 @@ def to_own_names(model: "Flamingo", state_dict: Mapping[str, Tensor]) -> dict[st
             tied = given.pop(head, None)
             if tied is not None:
                 given.setdefault(embedding, tied)
-    for name in (embedding, head):
-        if name in given:
-            _split_rows(model, name, given)
+    for matrix in (embedding, head):
+        if matrix is not None and matrix in given:
+            _split_rows(model, matrix, given)
     return given
 
 
