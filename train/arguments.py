@@ -164,8 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--shuffle_buffer_mmc4",
         type=positive_int,
-        default=50,
-        help="documents (undecoded, often 1 MB each) that each lane shuffles among. 1 turns shuffling off",
+        default=32,
+        help="documents (undecoded, from 0.3 to many MB each) that each lane shuffles among. 1 turns shuffling off",
     )
 
     optimisation = parser.add_argument_group("optimisation")

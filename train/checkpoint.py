@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, on the CPU. Bare weights become `{"model_state_dict": weights}`.
+    """The checkpoint at `path`. Bare weights become `{"model_state_dict": weights}`.
+
+    Its tensors lie in the file until they are read, so that not every rank of a machine holds them in memory: copy
+    what is to stay.
 
     Raises ValueError, naming the file, if it cannot be read; nothing in it is executed.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        # Files of before torch 1.6 are not zip archives, and can only be read whole.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # broken bytes make torch raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):

@@ -14,9 +14,9 @@ def parallelise(model: nn.Module, world: World) -> nn.Module:
     """Wraps `model`, already on its device, for `world`. A single process needs no wrapper."""
     if world.world_size == 1:
         return model
+    # No device_ids: given them, DDP would move the labels to the GPU, where picking the positions that count waits for it.
     return DistributedDataParallel(
         model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         broadcast_buffers=False,  # the buffers are constants of frozen models
         gradient_as_bucket_view=True,  # no second copy of the gradients
     )

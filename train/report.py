@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -230,7 +231,7 @@ def _start_wandb(folder: Path, project: str | None, entity: str | None, offline:
     # The same W&B run goes on when this one is started again.
     id_file = folder / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     return wandb.init(
         project=project,
         entity=entity,

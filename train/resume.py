@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from open_flamingo.train.data.loader import LoaderState
 from open_flamingo.train.distributed import World, gather_objects, on_main
 from open_flamingo.train.optimizer import parameter_names
 from open_flamingo.train.step import Source
-from open_flamingo.weights import reference_parameter_names, trained_state_dict
+from open_flamingo.weights import ROWS, trained_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def snapshot(
     for source in sources:
         assert source.last is not None
         lanes_read = {lane: cursor for rank in cursors for lane, cursor in rank[source.kind].items()}
-        data[source.kind] = asdict(LoaderState(source.last.samples, dict(sorted(lanes_read.items()))))
+        data[source.kind] = LoaderState(source.last.samples, lanes_read).to_json()
     return {
         "epoch": step // plan.updates_per_epoch - 1,
         "model_state_dict": trained_state_dict(model),
@@ -137,7 +137,7 @@ def find_start(args: argparse.Namespace, plan: Plan) -> Start:
         log.warning("the data start from their beginning, since they are not those of %s", path)
     else:
         start.lanes = checkpoint["data_lanes"]
-        start.data = {kind: LoaderState(**state) for kind, state in checkpoint["data"].items()}
+        start.data = {kind: LoaderState.from_json(state) for kind, state in checkpoint["data"].items()}
 
     start.step = checkpoint["step"]
     if (checkpoint["updates_per_epoch"], checkpoint["samples_per_update"]) != (
@@ -227,9 +227,10 @@ def restore(start: Start, world: World, model: nn.Module, optimizer: torch.optim
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads the moments; learning rate and weight decay stay those of the flags."""
+    """Loads copies of the moments; learning rate and weight decay stay those of the flags."""
+    moments = {index: {key: value.clone() for key, value in of.items()} for index, of in state["state"].items()}
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
 
@@ -247,7 +248,6 @@ def _optimizer_state_of_reference(
     sizes = [len(group["params"]) for group in ours["param_groups"]]
     if sizes != [len(group["params"]) for group in theirs.get("param_groups", ())]:
         return None
-    rows = reference_parameter_names(model)
     names = parameter_names(model, optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {}
@@ -256,8 +256,8 @@ def _optimizer_state_of_reference(
         for key in ("exp_avg", "exp_avg_sq"):
             if key not in moments:
                 return None
-            if rows[name].rows is not None:
-                moments[key] = moments[key][rows[name].rows]
+            if name.endswith(ROWS):
+                moments[key] = moments[key][model.get_submodule(name.removesuffix(ROWS)).new_ids]
             if moments[key].shape != parameter.shape:
                 return None
         state[index] = moments

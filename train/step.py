@@ -4,39 +4,55 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from open_flamingo.train.data.loader import Batch
+from open_flamingo.train.data.loader import Batch, Loader
 from open_flamingo.train.parallel import gradient_sync
 from open_flamingo.train.precision import autocast
 
 MAX_GRADIENT_NORM = 1.0
 
 
-@dataclass
 class Source:
-    """One of the datasets, as the loop sees it: where batches come from, and what has come since the last log line."""
+    """One of the datasets, as the loop sees it: where batches come from, and what has come since the last log line.
 
-    kind: str  # "laion" or "mmc4"
-    weight: float  # of its loss
-    batches: Iterator[Batch]
-    mean: torch.Tensor  # float32 [3, 1, 1], on the device: of the normalisation that the vision encoder expects
-    std: torch.Tensor
-    loss: torch.Tensor  # float32 [], on the device: the sum over `forwards`; read only where it is logged
-    forwards: int = 0
-    samples: int = 0  # of this rank
-    seconds_waited: float = 0.0  # for batches
-    dropped: Counter[str] = field(default_factory=Counter)  # on purpose, by reason, since the program started
-    errors: Counter[str] = field(default_factory=Counter)
-    last: Batch | None = None  # whose cursors the next checkpoint stores
+    Args:
+        kind: "laion" or "mmc4".
+        weight: of its loss.
+        loader: its batches.
+        normalization: mean and standard deviation of each channel that images still need, None if they need none.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        weight: float,
+        loader: Loader,
+        normalization: tuple[Sequence[float], Sequence[float]] | None,
+        device: torch.device,
+    ) -> None:
+        self.kind = kind
+        self.weight = weight
+        self.loader = loader
+        self.device = device
+        self._normalization = None
+        if normalization is not None:
+            mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in normalization)
+            self._normalization = mean, std
+        self.dropped: Counter[str] = Counter()  # on purpose, by reason, since the program started
+        self.errors: Counter[str] = Counter()
+        self.last: Batch | None = None  # whose cursors the next checkpoint stores
+        self.loss = torch.zeros((), device=device)  # the sum over `forwards`; read only where it is logged
+        self.forwards = self.samples = 0  # of this rank
+        self.seconds_waited = 0.0  # for batches
 
     def next_batch(self) -> Batch:
         start = time.perf_counter()
-        batch = next(self.batches)
+        batch = next(self.loader)
         self.seconds_waited += time.perf_counter() - start
         self.dropped.update(batch.dropped)
         self.errors.update(batch.errors)
@@ -50,19 +66,24 @@ class Source:
         self.forwards = self.samples = 0
         self.seconds_waited = 0.0
 
+    def images(self, batch: Batch) -> torch.Tensor:
+        """The images of `batch` as the vision encoder takes them: float32 [B, N, 3, H, W], on the device."""
+        images = batch.images.to(self.device, non_blocking=True)
+        if self._normalization is not None:  # sent as bytes, a quarter of the floats
+            mean, std = self._normalization
+            images = (images.float() / 255 - mean) / std
+        return images
+
 
 def loss_of(model: nn.Module, batch: Batch, source: Source, precision: str) -> torch.Tensor:
     """The unweighted loss of one batch, float32 []."""
-    device = source.loss.device
-    images = batch.images.to(device, non_blocking=True)  # [B, N, 3, H, W]
-    if images.dtype == torch.uint8:  # sent as bytes, a quarter of the floats
-        images = (images.float() / 255 - source.mean) / source.std
+    device = source.device
     with autocast(precision, device):
         return model(
-            vision_x=images.unsqueeze(2),  # the reference's frame axis: [B, N, 1, 3, H, W]
+            vision_x=source.images(batch).unsqueeze(2),  # the reference's frame axis: [B, N, 1, 3, H, W]
             lang_x=batch.input_ids.to(device, non_blocking=True),
             attention_mask=batch.attention_mask.to(device, non_blocking=True),
-            labels=batch.labels.to(device, non_blocking=True),
+            labels=batch.labels,  # stays here: what counts is picked without waiting for the device
             image_counts=batch.image_counts,
         ).loss
 

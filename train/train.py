@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Wrong flags have been refused. Only now what takes seconds to import.
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from open_flamingo.train.data import DataError
+    from open_flamingo.train.data.samples import DataError
     from open_flamingo.train.distributed import distributed
     from open_flamingo.train.report import setup_logging
 
@@ -70,7 +70,8 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     from open_flamingo import create_model_and_transforms
     from open_flamingo.train import checkpoint
-    from open_flamingo.train.data.loader import build_loader, normalization
+    from open_flamingo.train.data.images import normalization
+    from open_flamingo.train.data.loader import build_loader
     from open_flamingo.train.optimizer import build_optimizer, build_scheduler
     from open_flamingo.train.parallel import parallelise
     from open_flamingo.train.precision import hold_frozen_weights
@@ -118,18 +119,17 @@ def train(args: argparse.Namespace, world: World) -> None:
     scheduler = build_scheduler(optimizer, args.lr_scheduler, args.warmup_steps, plan.total_updates, start.step)
 
     # ---------------------------------------------------------------- data
-    mean, std = (torch.tensor(value, device=world.device).view(3, 1, 1) for value in normalization(image_processor))
-    sources = [
-        Source(
-            kind,
-            weight=getattr(args, f"loss_multiplier_{kind}"),
-            batches=iter(build_loader(option, tokenizer, image_processor, start.data.get(kind))),
-            mean=mean,
-            std=std,
-            loss=torch.zeros((), device=world.device),
-        )
-        for kind, option in options.items()
-    ]
+    with refusing("cannot load the data"):
+        sources = [
+            Source(
+                kind,
+                weight=getattr(args, f"loss_multiplier_{kind}"),
+                loader=build_loader(option, tokenizer, image_processor, start.data.get(kind)),
+                normalization=normalization(image_processor),
+                device=world.device,
+            )
+            for kind, option in options.items()
+        ]
 
     describe(world, model, plan, options, start.step, args.precision, args.run_name)
     reporter = Reporter(
@@ -179,6 +179,8 @@ def train(args: argparse.Namespace, world: World) -> None:
                 reporter.upload(path)
 
     reporter.close()
+    for source in sources:
+        source.loader.close()
     log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
     # Before the process group goes: a process that ends with a live DDP object may abort.
     del parallel_model
@@ -197,7 +199,7 @@ def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None
         batch_size = getattr(args, f"batch_size_{kind}")
         options[kind] = DataOptions(
             kind=kind,
-            shards=expand_shards(spec),
+            shards=tuple(expand_shards(spec)),
             batch_size=batch_size,
             workers=resolve_workers(args.workers, batch_size, world.world_size, lanes),
             seed=args.seed,

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tiny models on few cores: threads only get in each other's way. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite's numbers are the CPU's
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags that name a tiny vision tower and a tiny language model."""
+    from tests.tiny import write_backbones
+
+    return write_backbones(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Brace patterns of small shards: {"laion": ..., "mmc4": ...}."""
+    from tests.shards import write_laion, write_mmc4
+
+    folder: Path = tmp_path_factory.mktemp("shards")
+    return {"laion": write_laion(folder / "laion", shards=3), "mmc4": write_mmc4(folder / "mmc4", shards=3)}

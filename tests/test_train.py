@@ -1,0 +1,241 @@
+"""The program, end to end: real shards, real checkpoints, tiny models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from open_flamingo.train.train import main
+from tests.tiny import assert_same, finished, torchrun
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def flags(backbones: list[str], shards: dict[str, str]) -> list[str]:
+    """Two epochs of four updates on both datasets."""
+    return [
+        *backbones,
+        f"--laion_shards={shards['laion']}",
+        f"--mmc4_shards={shards['mmc4']}",
+        "--batch_size_laion=4",
+        "--batch_size_mmc4=2",
+        "--train_num_samples_laion=16",
+        "--train_num_samples_mmc4=8",
+        "--mmc4_textsim_threshold=0.24",
+        "--num_epochs=2",
+        "--workers=0",
+        "--learning_rate=1e-2",
+        "--warmup_steps=2",
+        "--lr_scheduler=cosine",
+        "--loss_multiplier_laion=0.2",
+        "--logging_steps=1",
+    ]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """pytest's, but hearing our loggers, which do not pass their records on to the root."""
+    logger = logging.getLogger("open_flamingo")
+    import open_flamingo.train.report as report
+
+    def listen(rank: int) -> None:
+        logger.handlers[:] = [caplog.handler]
+        logger.setLevel(logging.INFO)
+
+    monkeypatch.setattr(report, "setup_logging", listen)
+    return caplog
+
+
+def test_a_run_from_shards_to_checkpoints(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    main([*flags, f"--run_name={run}", "--num_epochs=10", "--report_to_tensorboard", "--report_to_wandb"])
+
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    for kind in ("laion", "mmc4"):
+        losses = [line[f"loss_{kind}"] for line in lines]
+        assert sum(losses[-4:]) < 0.985 * sum(losses[:4])
+    assert list(run.glob("tensorboard/events.*"))
+    assert list(run.glob("wandb/offline-run-*"))
+
+    assert sorted(path.name for path in run.glob("*.pt")) == sorted(f"checkpoint_{epoch}.pt" for epoch in range(10))
+    checkpoint = load(run / "checkpoint_9.pt")
+    assert checkpoint["epoch"] == 9
+    assert {"model_state_dict", "optimizer_state_dict", "lr_scheduler_state_dict"} <= checkpoint.keys()
+    assert not [name for name in checkpoint["model_state_dict"] if name.startswith(("vision_encoder", "module."))]
+    text = said(caplog)
+    for part in ("trained parameters", "frozen parameters", "laion: 3 shards", "10 epochs of 4 updates"):
+        assert part in text
+
+
+def test_two_runs_with_the_same_flags_are_the_same_bit_for_bit(flags: list[str], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        main([*flags, f"--run_name={tmp_path / name}"])
+    assert_same(load(tmp_path / "a" / "checkpoint_1.pt"), load(tmp_path / "b" / "checkpoint_1.pt"))
+
+
+@pytest.mark.parametrize("kind", ["laion", "mmc4"])
+def test_one_dataset_alone_trains(kind: str, flags: list[str], tmp_path: Path) -> None:
+    other = {"laion": "mmc4", "mmc4": "laion"}[kind]
+    alone = [flag for flag in flags if not flag.startswith(f"--{other}_shards")]
+    main([*alone, f"--run_name={tmp_path}", "--precision=amp_bf16"])
+    assert load(tmp_path / "checkpoint_1.pt")["data"].keys() == {kind}
+    assert f"loss_{other}" not in metrics(tmp_path)[-1]
+
+
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    main([*flags, f"--run_name={whole}", "--save_steps=1"])
+    # Within an epoch, the newest two are kept: those of updates 6 and 7 of 8.
+    assert sorted(path.name for path in whole.glob("epoch_*")) == ["epoch_1_step_6.pt", "epoch_1_step_7.pt"]
+
+    for kept in ("checkpoint_0.pt", "epoch_1_step_6.pt"):
+        shutil.rmtree(stopped, ignore_errors=True)
+        stopped.mkdir()
+        shutil.copy(whole / kept, stopped)
+        shutil.copy(whole / "metrics.jsonl", stopped)  # of a run that got further than its newest checkpoint
+        main([*flags, f"--run_name={stopped}", "--save_steps=1"])
+        assert_same(load(whole / "checkpoint_1.pt"), load(stopped / "checkpoint_1.pt"))
+        numbers = ("step", "loss_laion", "loss_mmc4", "grad_norm", "lr")
+        assert [[line[name] for name in numbers] for line in metrics(stopped)] == [
+            [line[name] for name in numbers] for line in metrics(whole)
+        ]
+
+    caplog.clear()
+    main([*flags, f"--run_name={stopped}"])
+    assert "nothing left to do" in said(caplog)
+    main([*flags, f"--run_name={stopped}", "--num_epochs=3"])
+    assert load(stopped / "checkpoint_2.pt")["step"] == 12
+
+
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_taken(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main([*flags, f"--run_name={tmp_path}"])
+    whole = load(tmp_path / "checkpoint_1.pt")
+    for damage in (b"", b"not a checkpoint", (tmp_path / "checkpoint_1.pt").read_bytes()[:-2000]):
+        (tmp_path / "checkpoint_1.pt").write_bytes(damage)
+        caplog.clear()
+        main([*flags, f"--run_name={tmp_path}"])
+        assert "checkpoint_1.pt cannot be read" in said(caplog)
+        assert_same(load(tmp_path / "checkpoint_1.pt"), whole)
+
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"broken")
+    with pytest.raises(SystemExit):  # starting anew would bury what may be repaired
+        main([*flags, f"--run_name={tmp_path}"])
+
+
+def test_delete_previous_checkpoint_keeps_the_newest_alone(flags: list[str], tmp_path: Path) -> None:
+    main([*flags, f"--run_name={tmp_path}", "--delete_previous_checkpoint", "--save_steps=1"])
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint_1.pt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--cross_attn_every_n_layers=2", "--cross_attn_every_n_layers was 1 and is now 2"),
+        ("--seed=1", "--seed was 42 and is now 1"),
+        ("--data_lanes=8", "--data_lanes was 16 and is now 8"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
+    change: str, message: str, flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main([*flags, f"--run_name={tmp_path}", "--num_epochs=1"])
+    before = (tmp_path / "checkpoint_0.pt").read_bytes()
+    with pytest.raises(SystemExit):
+        main([*flags, f"--run_name={tmp_path}", change])
+    assert message in said(caplog)
+    assert (tmp_path / "checkpoint_0.pt").read_bytes() == before
+    if change == "--seed=1":
+        main([*flags, f"--run_name={tmp_path}", change, "--allow_changed_flags"])
+        assert load(tmp_path / "checkpoint_1.pt")["step"] == 8
+
+
+def test_weights_start_a_run_and_a_restart_of_it_goes_on_from_its_own(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main([*flags, f"--run_name={tmp_path / 'first'}", "--num_epochs=1"])
+    weights = load(tmp_path / "first" / "checkpoint_0.pt")["model_state_dict"]
+    released = tmp_path / "released.pt"
+    torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, released)
+
+    second = [*flags, f"--run_name={tmp_path / 'second'}", f"--resume_from_checkpoint={released}"]
+    main([*second, "--num_epochs=1", "--learning_rate=0"])
+    after = load(tmp_path / "second" / "checkpoint_0.pt")
+    assert after["step"] == 4
+    assert_same(after["model_state_dict"], weights)
+
+    caplog.clear()
+    main([*second, "--num_epochs=2", "--learning_rate=0"])
+    assert f"resuming from {tmp_path / 'second' / 'checkpoint_0.pt'} after update 4" in said(caplog)
+
+
+def test_a_checkpoint_of_the_reference_in_mid_run_goes_on(flags: list[str], tmp_path: Path) -> None:
+    """Its optimiser holds moments of the whole embedding matrix, by index; ours of two rows."""
+    main([*flags, f"--run_name={tmp_path / 'ours'}"])
+    ours = load(tmp_path / "ours" / "checkpoint_0.pt")
+    embedding = "lang_encoder.model.decoder.embed_tokens.weight"
+    vocabulary, width = ours["model_state_dict"][embedding].shape
+    state = {}
+    for index, moments in ours["optimizer_state_dict"]["state"].items():
+        state[index] = dict(moments)
+        if "new_rows" in ours["optimizer_parameter_names"][index]:
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[index][key] = torch.zeros(vocabulary, width)
+                state[index][key][1000:1002] = moments[key]
+    reference = {
+        "epoch": 0,
+        "model_state_dict": {f"module.{name}": tensor for name, tensor in ours["model_state_dict"].items()},
+        "optimizer_state_dict": {"state": state, "param_groups": ours["optimizer_state_dict"]["param_groups"]},
+        "lr_scheduler_state_dict": {"last_epoch": 4},
+    }
+    torch.save(reference, tmp_path / "reference.pt")
+
+    main([*flags, f"--run_name={tmp_path / 'on'}", f"--resume_from_checkpoint={tmp_path / 'reference.pt'}"])
+    first, whole = metrics(tmp_path / "on")[0], metrics(tmp_path / "ours")
+    assert first["step"] == 5
+    assert first["lr"] == whole[4]["lr"]
+    # Its data start anew, so only the optimiser's momentum can be compared: it is there, and it is ours.
+    after = load(tmp_path / "on" / "checkpoint_1.pt")["optimizer_state_dict"]["state"]
+    assert all(moments["step"] == 8 for moments in after.values())
+
+
+def test_two_processes_train_as_one(flags: list[str], tmp_path: Path) -> None:
+    """The same samples an update on one rank and on two: the same weights but for the order of float additions."""
+    main([*flags, f"--run_name={tmp_path / 'one'}"])
+    halved = ["--batch_size_laion=2", "--batch_size_mmc4=1", "--workers=1"]
+    finished(torchrun(2, ROOT / "train" / "train.py", *flags, *halved, f"--run_name={tmp_path / 'two'}"))
+    one, two = (load(tmp_path / name / "checkpoint_1.pt") for name in ("one", "two"))
+    assert one["data"] == two["data"]
+    for name, weight in one["model_state_dict"].items():
+        # 8 AdamW updates at rate 1e-2 move a weight by up to 8e-2; ranks differ in how they average.
+        torch.testing.assert_close(two["model_state_dict"][name], weight, rtol=0, atol=2e-3)
+
+    # A run of one process goes on with two, from within an epoch or at its end.
+    main([*flags, f"--run_name={tmp_path / 'three'}", "--num_epochs=1"])
