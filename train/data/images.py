@@ -1,14 +1,15 @@
 """Bytes of a picture → the pixels that the vision encoder sees.
 
 The reference decodes with Pillow, resizes the shorter side (bicubic, antialiased), crops the centre and normalises. Here JPEG
-is decoded by libjpeg-turbo without Pillow around it, and pictures that shrink are resized by torch's 8-bit kernel: at most
-1/255 from the reference, in a third of the time. The rest takes Pillow's way. Normalising is left to the training step, on
-the device.
+is decoded by libjpeg-turbo without Pillow around it, only what the crop keeps is resized, and normalising is left to the
+training step, on the device. Pixels are within 1/255 of the reference's. (torch's 8-bit resize is three times as fast as
+Pillow's and was tried: with its 16-bit weights, 3 pictures in 100 have a value that is 2/255 off.)
 """
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 JPEG = b"\xff\xd8\xff"
 RESAMPLING = {
-    InterpolationMode.BICUBIC: (Image.Resampling.BICUBIC, "bicubic"),
-    InterpolationMode.BILINEAR: (Image.Resampling.BILINEAR, "bilinear"),
+    InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
+    InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
 }
 # Steps of a Compose that do here nothing that is not done anyway: to RGB, to a tensor.
 NEUTRAL = {"MaybeConvertMode", "MaybeToTensor", "ToTensor", "_convert_to_rgb"}
@@ -68,23 +69,26 @@ def image_spec(image_processor: Any) -> ImageSpec | None:
             return None
     if resize is None or normalize is None or resize.max_size is not None or resize.interpolation not in RESAMPLING:
         return None
-    size = resize.size if isinstance(resize.size, int) else tuple(resize.size)
-    if isinstance(size, tuple) and len(size) == 1:
-        size = size[0]
-    if crop is None and isinstance(size, int):
+    sides = [resize.size] if isinstance(resize.size, int) else list(resize.size)
+    if crop is None and len(sides) == 1:
         return None  # the results would differ in shape
-    crop_size = tuple(crop.size) if crop is not None else size
-    smallest = (size, size) if isinstance(size, int) else size
-    if crop_size[0] > smallest[0] or crop_size[1] > smallest[1]:
+    height, width = sides[0], sides[-1]
+    crop_height, crop_width = (height, width) if crop is None else crop.size
+    if crop_height > height or crop_width > width:
         return None  # would pad
-    mean, std = tuple(map(float, normalize.mean)), tuple(map(float, normalize.std))
-    return ImageSpec(size, crop_size, resize.interpolation, mean, std)
+    return ImageSpec(
+        resize=height if len(sides) == 1 else (height, width),
+        crop=(crop_height, crop_width),
+        interpolation=resize.interpolation,
+        mean=tuple(map(float, normalize.mean)),
+        std=tuple(map(float, normalize.std)),
+    )
 
 
-def normalization(image_processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation to apply to `images / 255`; None where the loader's images are normalised already."""
+def normalization(image_processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by channel, to apply to `images / 255`; 0 and 1 where the loader gives normalised floats."""
     spec = image_spec(image_processor)
-    return None if spec is None else (spec.mean, spec.std)
+    return ((0.0,) * 3, (1.0,) * 3) if spec is None else (spec.mean, spec.std)
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
@@ -138,33 +142,22 @@ class ImagePreparer:
                 image = self._image_processor(_decode_with_pillow(data))
                 chosen = np.asarray(image, dtype=np.float32)
             else:
-                chosen = self._standard(data, self.spec)
+                decoded = _decode_jpeg(data)
+                chosen = _resize_and_crop(_decode_with_pillow(data) if decoded is None else decoded, self.spec)
         except Exception as error:  # a broken picture can raise anything
             raise SampleError("corrupt_image", str(error)) from error
         return np.ascontiguousarray(chosen[:, :, ::-1] if flip else chosen)
 
-    def _standard(self, data: bytes, spec: ImageSpec) -> np.ndarray:
-        pixels = _decode_jpeg(data)
-        image = None
-        if pixels is None:
-            image = _decode_with_pillow(data)
-        width, height = image.size if image is not None else (pixels.shape[1], pixels.shape[0])  # type: ignore[union-attr]
-        resized = _resized(spec.resize, height, width)
-        if resized[0] <= height and resized[1] <= width:
-            return _shrink(np.asarray(image) if pixels is None else pixels, resized, spec)
-        # Enlarged, torch's 8-bit kernel is up to 2/255 off.
-        return _resize_with_pillow(Image.fromarray(pixels) if image is None else image, resized, spec)
 
-
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """uint8 [H, W, 3] as Pillow gives; None where Pillow must do it or say what is wrong."""
+def _decode_jpeg(data: bytes) -> Image.Image | None:
+    """What Pillow gives, sooner; None where Pillow must do it or say what is wrong."""
     if not data.startswith(JPEG):
         return None
     try:
         colours = simplejpeg.decode_jpeg_header(data)[2]
         if colours not in ("RGB", "YCbCr", "Gray"):  # CMYK has more than one way to become RGB
             return None
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
     except ValueError:
         return None
 
@@ -181,23 +174,17 @@ def _resized(resize: int | tuple[int, int], height: int, width: int) -> tuple[in
     return (resize, int(resize * width / height)) if height <= width else (int(resize * height / width), resize)
 
 
-def _crop_origin(resized: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
-    return round((resized[0] - crop[0]) / 2.0), round((resized[1] - crop[1]) / 2.0)
-
-
-def _shrink(pixels: np.ndarray, resized: tuple[int, int], spec: ImageSpec) -> np.ndarray:
-    image = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
-    if resized != pixels.shape[:2]:
-        mode = RESAMPLING[spec.interpolation][1]
-        image = torch.nn.functional.interpolate(image[None], resized, mode=mode, antialias=True)[0]
-    top, left = _crop_origin(resized, spec.crop)
-    return image[:, top : top + spec.crop[0], left : left + spec.crop[1]].numpy()
-
-
-def _resize_with_pillow(image: Image.Image, resized: tuple[int, int], spec: ImageSpec) -> np.ndarray:
-    # Only what the crop keeps is computed: a line of 20,000 × 1 pixels would be 3 GB at full width.
-    top, left = _crop_origin(resized, spec.crop)
-    y, x = image.height / resized[0], image.width / resized[1]
-    box = (left * x, top * y, (left + spec.crop[1]) * x, (top + spec.crop[0]) * y)
-    result = image.resize((spec.crop[1], spec.crop[0]), RESAMPLING[spec.interpolation][0], box=box)
+def _resize_and_crop(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """uint8 [3, H, W]. Only what the crop keeps is computed: a line of 20,000 × 1 pixels would be 3 GB at full width."""
+    (height, width), resized = spec.crop, _resized(spec.resize, image.height, image.width)
+    top, left = round((resized[0] - height) / 2.0), round((resized[1] - width) / 2.0)
+    y, x = image.height / resized[0], image.width / resized[1]  # pixels of the source for one of the result
+    # The rows that the crop depends on: bicubic reaches two pixels of the coarser grid to each side.
+    reach = 2 * max(1.0, y) + 1
+    first, last = max(0, math.floor(top * y - reach)), min(image.height, math.ceil((top + height) * y + reach))
+    # Along rows first, then along columns: the order of every Pillow before 13, which takes the other one for tall pictures.
+    # Between the two, values are rounded and clipped, so the order is seen at sharp edges.
+    resampling = RESAMPLING[spec.interpolation]
+    narrow = image.resize((width, last - first), resampling, box=(left * x, first, (left + width) * x, last))
+    result = narrow.resize((width, height), resampling, box=(0, top * y - first, width, (top + height) * y - first))
     return np.asarray(result).transpose(2, 0, 1)

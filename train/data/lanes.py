@@ -103,7 +103,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     """A damaged header is an error; tarfile takes one that is not the first for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
         try:
             return super().fromtarfile(tar)
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
@@ -117,7 +117,7 @@ def _tar_members(stream: IO[bytes], url: str) -> Iterator[dict[str, Any]]:
             file = tar.extractfile(member) if member.isreg() else None
             if file is not None and not member.name.startswith("__"):  # webdataset's own metadata
                 yield {"fname": member.name, "data": file.read(), "__url__": url}
-            tar.members = []  # tarfile keeps every header otherwise
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
 
 
 def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:

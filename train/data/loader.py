@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from open_flamingo.train.data.images import ImagePreparer
-from open_flamingo.train.data.lanes import Counts, Cursor, Lane, Prepare, ShardOrder
 from open_flamingo.train.data.laion import LaionPreparer
+from open_flamingo.train.data.lanes import Counts, Cursor, Lane, Prepare, ShardOrder
 from open_flamingo.train.data.mmc4 import Mmc4Preparer
 from open_flamingo.train.data.samples import DataError, Sample
 from open_flamingo.train.data.shards import expand_shards

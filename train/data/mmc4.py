@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 import json
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ class Mmc4Preparer:
             raise Drop("no_match")
         chosen = sorted(places)[: self.max_num_images]
         bounds = [0, *chosen, len(sentences)]
-        parts = [" ".join(sentences[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+        parts = [" ".join(sentences[start:end]) for start, end in pairwise(bounds)]
         if chosen[-1] >= len(sentences):
             raise IndexError("the similarity matrix has more columns than there are sentences")
         # One space after <image> goes, as in the reference; the one before it is that of the join, which is left out above.

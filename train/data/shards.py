@@ -10,7 +10,7 @@ import shlex
 import stat
 from collections import defaultdict
 
-import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 # How many missing files an error names; the rest are counted.
 NAMED_IN_ERRORS = 3
@@ -31,8 +31,8 @@ def expand_shards(spec: str) -> list[str]:
         if not pattern:
             continue
         try:
-            urls += [_url(one) for one in braceexpand.braceexpand(pattern)]
-        except braceexpand.UnbalancedBracesError as error:
+            urls += [_url(one) for one in braceexpand(pattern)]
+        except UnbalancedBracesError as error:
             raise ValueError(f"unbalanced braces in {pattern!r}") from error
     return urls
 
@@ -81,7 +81,7 @@ def _missing(paths: list[str]) -> list[str]:
     wanted: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         wanted[os.path.dirname(path)].append(path)
-    missing = set()
+    missing: set[str] = set()
     for folder, its_paths in wanted.items():
         try:
             there = set(os.listdir(folder or "."))
