@@ -71,6 +71,14 @@ def full_loss(logits: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
 
 
+class EchoOutput(BaseModelOutputWithPast):
+    """What else a base model may return (GPT-2: cross attentions; mixtures of experts: router logits) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class Echo(nn.Module):
     """Stands in for a language model's base model, and gives the hidden states that it was made with."""
 
@@ -83,8 +91,8 @@ class Echo(nn.Module):
         """OPT's head calls `model.decoder`."""
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> EchoOutput:
+        return EchoOutput(last_hidden_state=self.hidden_states)
 
 
 def logits_of(lang_encoder: nn.Module, hidden_states: Tensor) -> Tensor:
