@@ -27,3 +27,25 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
     folder: Path = tmp_path_factory.mktemp("shards")
     return {"laion": write_laion(folder / "laion", shards=3), "mmc4": write_mmc4(folder / "mmc4", shards=3)}
+
+
+@pytest.fixture
+def flags(backbones: list[str], shards: dict[str, str]) -> list[str]:
+    """Two epochs of four updates on both datasets."""
+    return [
+        *backbones,
+        f"--laion_shards={shards['laion']}",
+        f"--mmc4_shards={shards['mmc4']}",
+        "--batch_size_laion=4",
+        "--batch_size_mmc4=2",
+        "--train_num_samples_laion=16",
+        "--train_num_samples_mmc4=8",
+        "--mmc4_textsim_threshold=0.24",
+        "--num_epochs=2",
+        "--workers=0",
+        "--learning_rate=1e-2",
+        "--warmup_steps=2",
+        "--lr_scheduler=cosine",
+        "--loss_multiplier_laion=0.2",
+        "--logging_steps=1",
+    ]

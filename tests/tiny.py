@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,26 @@ def finished(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate()
     assert process.returncode == 0, output
     return output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9 for `process` and everything that it has started, all at the same moment as far as Linux can."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # gone meanwhile
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    family = [process.pid]
+    for pid in family:
+        family += children.get(pid, [])
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()
 
 
 def assert_same(a: object, b: object, where: str = "") -> None:

@@ -184,7 +184,7 @@ class Reporter:
         kinds = [name[5:] for name in line if name.startswith("loss_")]
         parts += [f"{kind} loss {line[f'loss_{kind}']:.4f}" for kind in kinds]
         parts += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}"]
-        parts += [f"{kind} {line[f'samples_per_second_{kind}']:,.0f}/s" for kind in kinds]
+        parts += [f"{kind} {line[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
         parts += [f"data wait {line['data_wait']:.0%}", f"left {timedelta(seconds=round(line['seconds_left']))}"]
         for kind in kinds:
             if dropped := line[f"dropped_{kind}"]:

@@ -228,7 +228,10 @@ def restore(start: Start, world: World, model: nn.Module, optimizer: torch.optim
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Loads copies of the moments; learning rate and weight decay stay those of the flags."""
-    moments = {index: {key: value.clone() for key, value in of.items()} for index, of in state["state"].items()}
+    moments = {
+        index: {key: torch.as_tensor(value).clone() for key, value in of.items()}
+        for index, of in state["state"].items()
+    }
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
     for group, setting in zip(optimizer.param_groups, settings, strict=True):

@@ -20,7 +20,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from open_flamingo.train.arguments import parse_args
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from open_flamingo.train.report import setup_logging
 
     try:
-        with distributed(args.dist_url, args.dist_backend, not args.no_set_device_rank) as world:
+        with ExitStack() as stack:
+            with refusing("cannot start"):
+                world = stack.enter_context(distributed(args.dist_url, args.dist_backend, not args.no_set_device_rank))
             setup_logging(world.rank)
             train(args, world)
     except (Refused, DataError) as error:

@@ -1,0 +1,53 @@
+"""Under torchrun: prints, for one update with accumulation, the bytes that DDP reduced and the bytes that are trained."""
+
+import sys
+
+import torch
+
+from open_flamingo import create_model_and_transforms
+from open_flamingo.train.arguments import parse_args
+from open_flamingo.train.data.images import normalization
+from open_flamingo.train.data.loader import build_loader
+from open_flamingo.train.distributed import distributed
+from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+from open_flamingo.train.parallel import parallelise
+from open_flamingo.train.step import Source, train_update
+from open_flamingo.train.train import data_options
+
+
+def main() -> None:
+    args = parse_args(sys.argv[1:])
+    with distributed(args.dist_url, args.dist_backend) as world:
+        model, image_processor, tokenizer = create_model_and_transforms(
+            args.vision_encoder_path, args.vision_encoder_pretrained, args.lm_path
+        )
+        optimizer = build_optimizer(model, 1e-3, 0.1)
+        scheduler = build_scheduler(optimizer, "constant", 0, 1)
+        sources = [
+            Source(
+                kind,
+                1.0,
+                build_loader(option, tokenizer, image_processor),
+                normalization(image_processor),
+                world.device,
+            )
+            for kind, option in data_options(args, world, None).items()
+        ]
+        parallel_model = parallelise(model, world)
+        reduced = []
+
+        def count(state: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            reduced.append(bucket.buffer().nbytes)
+            work = torch.distributed.all_reduce(bucket.buffer() / world.world_size, async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        parallel_model.register_comm_hook(None, count)
+        train_update(parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, "fp32")
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        if world.is_main:
+            print(f"reduced {sum(reduced)} of {trained} trained bytes")
+        del parallel_model
+
+
+if __name__ == "__main__":
+    main()

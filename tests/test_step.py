@@ -1,0 +1,101 @@
+"""One update: what is accumulated, clipped and stepped, and that nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from open_flamingo import create_model_and_transforms
+from open_flamingo.train.arguments import parse_args
+from open_flamingo.train.data.images import normalization
+from open_flamingo.train.data.loader import build_loader
+from open_flamingo.train.distributed import World
+from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+from open_flamingo.train.precision import hold_frozen_weights
+from open_flamingo.train.step import Source, loss_of, train_update
+from open_flamingo.train.train import data_options
+
+
+@pytest.fixture
+def parts(flags: list[str]) -> SimpleNamespace:
+    args = parse_args(flags)
+    torch.manual_seed(0)
+    model, image_processor, tokenizer = create_model_and_transforms(
+        args.vision_encoder_path, args.vision_encoder_pretrained, args.lm_path
+    )
+    cpu = torch.device("cpu")
+
+    def sources() -> list[Source]:
+        return [
+            Source(kind, weight, build_loader(option, tokenizer, image_processor), normalization(image_processor), cpu)
+            for weight, (kind, option) in zip(
+                (2.0, 10.0), data_options(args, World(0, 1, 0, cpu, "test"), None).items(), strict=True
+            )
+        ]
+
+    optimizer = build_optimizer(model, 1e-2, 0.1)
+    return SimpleNamespace(
+        model=model, optimizer=optimizer, scheduler=build_scheduler(optimizer, "constant", 0, 10), sources=sources
+    )
+
+
+def test_an_update_is_the_weighted_mean_over_the_batches_clipped_once(parts: SimpleNamespace) -> None:
+    trained = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
+    total = torch.zeros(())
+    for source in parts.sources():
+        for _ in range(3):
+            total = total + source.weight * loss_of(parts.model, source.next_batch(), source, "fp32") / 3
+    gradients = torch.autograd.grad(total, trained)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    assert norm > 1  # else there is no clipping to be seen
+
+    measured = train_update(parts.model, parts.optimizer, parts.scheduler, parts.sources(), 3, "fp32")
+    torch.testing.assert_close(measured, norm, rtol=1e-4, atol=0)
+    for parameter, gradient in zip(trained, gradients):
+        momentum = parts.optimizer.state[parameter]["exp_avg"]  # after one step, 1 - beta1 of what AdamW was given
+        torch.testing.assert_close(momentum, 0.1 * gradient / norm, rtol=1e-3, atol=1e-7)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the program wait for a GPU: reading one of its numbers, or sizing a tensor by them.
+
+    Tensors of whole numbers on the CPU may be read: the batch itself comes from there.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+            raise AssertionError("a number of the device was read")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_an_update_does_not_wait_for_the_device(parts: SimpleNamespace, precision: str) -> None:
+    sources = parts.sources()
+    with NoWaiting():
+        norm = train_update(parts.model, parts.optimizer, parts.scheduler, sources, 2, precision)
+        with pytest.raises(AssertionError):
+            norm.item()
+
+
+def test_amp_holds_frozen_matrices_in_bfloat16_and_computes_the_same(parts: SimpleNamespace) -> None:
+    source = parts.sources()[1]
+    batch = source.next_batch()
+    before = loss_of(parts.model, batch, source, "amp_bf16")
+    before.backward()
+    gradients = {name: p.grad for name, p in parts.model.named_parameters() if p.requires_grad}
+    parts.model.zero_grad()
+    hold_frozen_weights(parts.model, "amp_bf16")
+    after = loss_of(parts.model, batch, source, "amp_bf16")
+    after.backward()
+    assert torch.equal(before, after)
+    for name, parameter in parts.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter.grad, gradients[name]), name
+    linears = [m for m in parts.model.lang_encoder.modules() if isinstance(m, nn.Linear)]
+    assert sum(m.weight.dtype == torch.bfloat16 for m in linears) >= 12  # the two layers' of the language model
