@@ -101,29 +101,28 @@ def load_vision_encoder(
             "or the path of a model config (.json)"
         )
 
-    tower_weights = None
-    if pretrained is not None and is_file_name(pretrained):
-        if not Path(pretrained).is_file():
-            raise FileNotFoundError(f"no such file of vision encoder weights: {pretrained}")
-        tower_weights = read_tower_weights(pretrained)
-    elif pretrained and not path.startswith(("hf-hub:", "local-dir:")):
+    file = pretrained if pretrained and is_file_name(pretrained) else None
+    if file is not None and not Path(file).is_file():
+        raise FileNotFoundError(f"no such file of vision encoder weights: {file}")
+    if pretrained and file is None and not path.startswith(("hf-hub:", "local-dir:")):
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags:
             raise ValueError(
                 f"{pretrained!r} is neither a file nor an OpenCLIP weight tag of {path}; "
                 f"its tags are: {', '.join(tags) or 'none'}"
             )
-    with no_warning_of_random_weights(pretrained is not None):
+    with no_warning_of_random_weights(file is not None):
         try:
+            tower_weights = read_tower_weights(file) if file is not None else None
             clip, _, image_processor = open_clip.create_model_and_transforms(
-                name, pretrained=None if tower_weights is not None else pretrained, cache_dir=cache_dir
+                name, pretrained=pretrained if tower_weights is None else None, cache_dir=cache_dir
             )
             if tower_weights is not None:
                 clip.visual.load_state_dict(tower_weights)
-        except RuntimeError as error:
-            if pretrained is None or not is_file_name(pretrained):
+        except Exception as error:
+            if file is None:
                 raise
-            raise ValueError(f"the weights in {pretrained} do not fit the vision encoder {path}: {error}") from error
+            raise ValueError(f"the weights in {file} do not fit the vision encoder {path}: {error}") from error
     tower = clip.visual.float().eval()
     prepare_for_tokens(tower)
     size = getattr(tower, "image_size", 224)

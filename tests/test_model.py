@@ -1,0 +1,413 @@
+"""The model's promises that do not depend on the language model's family."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from open_flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_mask
+from open_flamingo.resampler import PerceiverResampler
+from tests.families import (
+    END_OF_CHUNK,
+    IMAGE,
+    PAD,
+    VIS_DIM,
+    VOCABULARY,
+    TinyTower,
+    flamingo,
+    images,
+    language_model,
+    text,
+)
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, open_flamingo; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def naive_latents(model: nn.Module, vision_x: Tensor) -> Tensor:
+    """Every slot encoded, padding or not."""
+    features = model.vision_encoder(vision_x.flatten(0, 2)).flatten(2).transpose(1, 2)
+    return model.perceiver(features.unflatten(0, vision_x.shape[:3]))
+
+
+def test_only_images_that_the_text_names_reach_the_vision_encoder() -> None:
+    model, (token_ids, mask, labels) = flamingo(language_model("llama", True)), text()
+    pictures = images(3, 4)
+    loss = model(pictures, token_ids, mask, labels).loss
+    assert model.vision_encoder.images_seen == 3  # of 12 slots; rows with 2, 1 and 0 images
+
+    # Exactly equal to the naive way, gradients too.
+    naive = flamingo(language_model("llama", True))
+    naive._encode_images = lambda vision_x, counts, rows: naive_latents(naive, vision_x)
+    expected = naive(pictures, token_ids, mask, labels).loss
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    loss.backward()
+    expected.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), naive.parameters()):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_image_counts_given_by_the_caller_change_nothing() -> None:
+    model, (token_ids, mask, labels) = flamingo(language_model("llama", True)), text()
+    counted = model(images(3, 4), token_ids, mask, labels).loss
+    assert torch.equal(model(images(3, 4), token_ids, mask, labels, image_counts=[2, 1, 0]).loss, counted)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_batch_without_images_gives_every_parameter_a_gradient_of_its_own(slots: int) -> None:
+    """Else data parallelism waits for ever for the gradient of the resampler."""
+    model = flamingo(language_model("opt", True))
+    token_ids = torch.tensor([[3, 4, 5, 6]])
+    model(torch.full((1, slots, 1, 3, 8, 8), 0.5), token_ids, labels=token_ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            if name.startswith("perceiver"):
+                assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("vision_x", "message"),
+    [
+        (torch.zeros(1, 1, 2, 3, 8, 8), "one frame"),
+        (torch.zeros(1, 1, 3, 8, 8), "must be"),
+        (torch.zeros(2, 1, 1, 3, 8, 8), "1 rows of text, but 2 of images"),
+        (torch.zeros(1, 0, 1, 3, 8, 8), "row 0 has 1 <image> tokens but only 0 image slots"),
+        (None, "no images are cached"),
+    ],
+)
+def test_wrong_images_are_named(vision_x: Tensor | None, message: str) -> None:
+    model = flamingo(language_model("opt", True))
+    with pytest.raises(ValueError, match=message):
+        model(vision_x, torch.tensor([[IMAGE, 3]]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trained modules
+
+
+def test_cross_attention_equals_explicit_attention_to_the_one_image() -> None:
+    torch.manual_seed(0)
+    attention = MaskedCrossAttention(dim=16, dim_visual=12)
+    text_time = torch.tensor([[0, 1, 1, 2], [0, 0, 0, 1]])
+    hidden, media = torch.randn(2, 4, 16), torch.randn(2, 2, 5, 12)
+    out = attention(hidden, media.flatten(1, 2), media_mask(text_time, num_images=2, num_latents=5))
+    for row in range(2):
+        for token in range(4):
+            if text_time[row, token] == 0:
+                assert not out[row, token].any()
+                continue
+            image = media[row, text_time[row, token] - 1]
+            query = attention.to_q(attention.norm(hidden[row, token])).view(8, 1, 64)
+            key, value = (x.view(5, 8, 64).transpose(0, 1) for x in attention.to_kv(image).chunk(2, -1))
+            weights = (query @ key.transpose(1, 2) / 8).softmax(-1)
+            expected = attention.to_out((weights @ value).flatten())
+            torch.testing.assert_close(out[row, token], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_without_an_image_send_no_nan_back() -> None:
+    block = GatedCrossAttentionBlock(dim=16, dim_visual=12)
+    nn.init.ones_(block.attn_gate)
+    hidden, media = torch.randn(1, 3, 16, requires_grad=True), torch.randn(1, 5, 12, requires_grad=True)
+    block(hidden, media, media_mask(torch.zeros(1, 3, dtype=torch.long), 1, 5)).square().sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert not media.grad.any()
+
+
+def test_the_resampler_treats_images_apart() -> None:
+    torch.manual_seed(0)
+    resampler = PerceiverResampler(dim=12, depth=2)
+    features = torch.randn(2, 3, 1, 7, 12)
+    latents = resampler(features)
+    assert latents.shape == (2, 3, 64, 12)
+    torch.testing.assert_close(resampler(features[1:, 2:]), latents[1:, 2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained
+
+
+def test_what_is_trained() -> None:
+    model = flamingo(language_model("gpt_neox", False))
+    for name, parameter in model.named_parameters():
+        trained = name.startswith("perceiver.") or ".gated_cross_attn_layer." in name or name.endswith(".new_rows")
+        assert parameter.requires_grad == trained, name
+    parameters = list(model.parameters())
+    assert len({id(p) for p in parameters}) == len(parameters)
+    rows = [name for name, _ in model.named_parameters() if name.endswith(".new_rows")]
+    assert rows == ["lang_encoder.gpt_neox.embed_in.new_rows"]
+
+    with_output = flamingo(language_model("gpt_neox", False), train_output_rows=True)
+    rows = [name for name, _ in with_output.named_parameters() if name.endswith(".new_rows")]
+    assert rows == ["lang_encoder.gpt_neox.embed_in.new_rows", "lang_encoder.lm_head.new_rows"]
+    token_ids, mask, labels = text()
+    with_output(images(3, 2), token_ids, mask, labels).loss.backward()
+    assert with_output.lang_encoder.lm_head.new_rows.grad.any()
+
+    frozen = flamingo(language_model("gpt_neox", False), freeze_lm_embeddings=True)
+    assert not any(p.requires_grad for n, p in frozen.named_parameters() if n.endswith(".new_rows"))
+
+
+def test_training_mode_leaves_frozen_parts_without_dropout() -> None:
+    model = flamingo(language_model("opt", True)).train()  # this OPT has dropout of 0.1
+    token_ids, mask, labels = text()
+    losses = {model(images(3, 2), token_ids, mask, labels).loss.item() for _ in range(3)}
+    assert len(losses) == 1
+    assert model.training
+    assert model.perceiver.training
+    assert model.decoder_layers[0].gated_cross_attn_layer.training
+    assert not model.vision_encoder.training
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gptj"])
+def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
+    token_ids, mask, labels = text()
+    gradients = []
+    for checkpointing in (False, True):
+        model = flamingo(language_model(family, True), gradient_checkpointing=checkpointing)
+        calls = []
+        model.decoder_layers[0].gated_cross_attn_layer.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        model(images(3, 2), token_ids, mask, labels).loss.backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-7, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def test_logits_are_made_of_labelled_positions_only_and_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("open_flamingo.loss.MAX_LOGITS", 5 * VOCABULARY)
+    model, (token_ids, mask, labels) = flamingo(language_model("llama", False)), text()
+    sizes: list[int] = []
+    model.lang_encoder.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.numel() // VOCABULARY))
+    out = model(images(3, 2), token_ids, mask, labels)
+    assert out.logits is None
+    assert max(sizes) <= 5
+    assert sum(sizes) == (labels[:, 1:] != -100).sum()
+
+
+def test_a_batch_without_labels_has_a_loss_of_zero() -> None:
+    model, (token_ids, mask, labels) = flamingo(language_model("llama", True)), text()
+    loss = model(images(3, 2), token_ids, mask, torch.full_like(labels, -100)).loss
+    assert loss == 0
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma2", "mpt"])
+def test_autocast(family: str) -> None:
+    model, (token_ids, mask, labels) = flamingo(language_model(family, True)), text()
+    exact = model(images(3, 2), token_ids, mask, labels).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images(3, 2), token_ids, mask, labels).loss
+        logits = model(images(3, 2), token_ids, mask).logits
+    assert loss.dtype == torch.float32
+    naive = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss, naive, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(loss, exact, atol=0.1, rtol=0.05)
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_weights_in_half_precision() -> None:
+    """A later step keeps what is frozen in bfloat16; what is trained stays in float32."""
+    model, (token_ids, mask, labels) = flamingo(language_model("llama", True)), text()
+    exact = model(images(3, 2), token_ids, mask, labels).loss
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images(3, 2), token_ids, mask, labels).loss
+    torch.testing.assert_close(loss, exact, atol=0.1, rtol=0.05)
+    loss.backward()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def test_beams_and_several_answers_keep_to_their_rows_images() -> None:
+    model = flamingo(language_model("llama", True), gates=2.0)
+    prompt = torch.tensor([[3, IMAGE, 5], [4, IMAGE, 6]])
+    pictures = images(2, 1)
+    kwargs = {"max_new_tokens": 5, "num_beams": 4, "num_return_sequences": 2, "eos_token_id": None}
+    together = model.generate(pictures, prompt, **kwargs)
+    alone = [model.generate(pictures[[row]], prompt[[row]], **kwargs) for row in range(2)]
+    assert torch.equal(together, torch.cat(alone))
+    swapped = model.generate(pictures.flip(0), prompt, **kwargs)
+    assert not torch.equal(together, swapped)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_generated_image_token_names_no_image(use_cache: bool) -> None:
+    model = flamingo(language_model("llama", True), gates=2.0)
+    prompt, pictures = torch.tensor([[3, IMAGE, 5]]), images(1, 2)
+    with torch.no_grad():  # so that greedy decoding picks <image> again and again
+        model.lang_encoder.get_output_embeddings().register_forward_hook(
+            lambda m, args, out: out.index_fill(-1, torch.tensor([IMAGE]), 1e3)
+        )
+    kwargs = {"max_new_tokens": 4, "use_cache": use_cache, "output_scores": True, "return_dict_in_generate": True}
+    out = model.generate(pictures, prompt, **kwargs)
+    assert (out.sequences[0, 3:] == IMAGE).all()
+    forced = model.generate(pictures, prompt, **kwargs | {"use_cache": not use_cache})
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(forced.scores), atol=1e-4, rtol=1e-4)
+
+
+def test_prefill_in_pieces() -> None:
+    model = flamingo(language_model("llama", True), gates=2.0)
+    prompt, pictures = torch.tensor([[3, IMAGE, 5, 6, IMAGE, 7, 8]]), images(1, 2)
+    whole = model.generate(pictures, prompt, max_new_tokens=6)
+    assert torch.equal(model.generate(pictures, prompt, max_new_tokens=6, prefill_chunk_size=3), whole)
+
+
+def test_generation_ends_with_the_end_of_chunk_and_pads_with_the_padding_token() -> None:
+    model = flamingo(language_model("llama", True), gates=2.0)
+    prompt, pictures = torch.tensor([[3, IMAGE, 5], [4, IMAGE, 6]]), images(2, 1)
+    rows = iter([[END_OF_CHUNK, 7], [7, 7], [7, END_OF_CHUNK]])
+
+    def choose(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        out = torch.zeros_like(out)
+        for row, token in enumerate(next(rows)):
+            out[row, -1, token] = 1
+        return out
+
+    model.lang_encoder.get_output_embeddings().register_forward_hook(choose)
+    out = model.generate(pictures, prompt, max_new_tokens=9)
+    assert out[:, 3:].tolist() == [[END_OF_CHUNK, PAD, PAD], [7, 7, END_OF_CHUNK]]
+
+
+def test_without_a_mask_padding_is_found() -> None:
+    model = flamingo(language_model("llama", True), gates=2.0)
+    prompt, pictures = torch.tensor([[PAD, PAD, 3, IMAGE, 5]]), images(1, 1)
+    padded = model.generate(pictures, prompt, max_new_tokens=5)
+    assert torch.equal(padded[:, 2:], model.generate(pictures, prompt[:, 2:], max_new_tokens=5))
+
+
+def test_cached_images_serve_generation() -> None:
+    model = flamingo(language_model("llama", True), gates=2.0)
+    prompt, pictures = torch.tensor([[3, IMAGE, 5, IMAGE, 6]]), images(1, 2)
+    expected = model.generate(pictures, prompt, max_new_tokens=5)
+    model.cache_media(prompt, pictures)
+    assert torch.equal(model.generate(None, prompt, max_new_tokens=5), expected)
+
+    # Text without <image> sees the last cached image; text with too many is an error.
+    continuation = torch.tensor([[7, 8]])
+    logits = model(None, continuation).logits
+    model.cache_media(prompt[:, 2:], pictures[:, 1:])
+    torch.testing.assert_close(model(None, continuation).logits, logits)
+    with pytest.raises(ValueError, match="2 <image> tokens but only 1"):
+        model(None, prompt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language models of unusual make
+
+
+class HeadlessConfig(PretrainedConfig):
+    model_type = "headless"
+
+
+class Headless(PreTrainedModel):
+    """As the code of MPT-1B on the hub: no base model, and the embedding's matrix in place of a head."""
+
+    config_class = HeadlessConfig
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(VOCABULARY, 32)
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def get_output_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False):
+        hidden_states = self.wte(input_ids)
+        for block in self.blocks:
+            hidden_states = torch.tanh(block(hidden_states))
+        return CausalLMOutputWithPast(logits=F.linear(hidden_states, self.wte.weight))
+
+
+def test_a_model_without_a_head_trains_its_rows_as_input_and_output() -> None:
+    model = flamingo(Headless(HeadlessConfig()))
+    embedding = model.lang_encoder.wte
+    token_ids, mask, labels = text()
+    with torch.no_grad():
+        embedding.new_rows.normal_()
+    model(images(3, 2), token_ids, mask, labels).loss.backward()
+
+    whole = flamingo(Headless(HeadlessConfig()))
+    with torch.no_grad():
+        whole.load_state_dict(model.state_dict())
+        whole.lang_encoder.wte.weight[embedding.new_ids] = embedding.new_rows
+    weight = whole.lang_encoder.wte.weight.requires_grad_()
+    whole.lang_encoder.wte.new_rows.requires_grad_(False)
+    for hooks in (whole.lang_encoder._forward_pre_hooks, whole.lang_encoder._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if "MergedMatrix" in repr(hook):
+                del hooks[key]
+    logits = whole(images(3, 2), token_ids, mask).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    torch.testing.assert_close(embedding.new_rows.grad, weight.grad[embedding.new_ids])
+    assert embedding.weight.grad is None
+    assert isinstance(embedding.weight, nn.Parameter)
+
+
+def test_models_that_do_not_fit_are_refused() -> None:
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        flamingo(t5)
+    with pytest.raises(ValueError, match="LlamaModel has no language-modelling head"):
+        flamingo(language_model("llama", True).model)
+    with pytest.raises(ValueError, match=r"its lists are: model\.layers"):
+        flamingo(language_model("llama", True), decoder_layers_attr_name="transformer.h")
+    with pytest.raises(ValueError, match="must be 1 to 2"):
+        flamingo(language_model("llama", True), cross_attn_every_n_layers=3)
+    small = OPTForCausalLM(
+        OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="do not lie in an embedding matrix of 50 rows"):
+        flamingo(small)
+
+
+def test_decoder_layers_may_be_named() -> None:
+    model = flamingo(language_model("llama", True), decoder_layers_attr_name="model.layers")
+    assert model.decoder_layers is model.lang_encoder.model.layers
+    assert TinyTower is type(model.vision_encoder)
+    assert model.vis_dim == VIS_DIM
+
+
+def test_the_language_model_alone_says_that_it_needs_images() -> None:
+    model = flamingo(language_model("llama", True))
+    with pytest.raises(RuntimeError, match="call the Flamingo"):
+        model.lang_encoder(torch.tensor([[3, 4]]))
