@@ -1,0 +1,178 @@
+"""Pixels: within 1/255 of the reference's, whatever the picture."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from open_flamingo.train.data.images import ImagePreparer, image_size, image_spec, normalization
+from open_flamingo.train.data.samples import SampleError
+from tests.data_tools import image_processor
+
+
+def pixels(width: int, height: int, kind: str = "noise", seed: int = 0) -> np.ndarray:
+    """uint8 [H, W, 3]. "noise" is the hardest for a resize, "soft" is like a photograph."""
+    rng = np.random.default_rng([seed, width, height])
+    if kind == "soft":
+        small = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+        soft = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+        return (soft + rng.integers(-20, 21, soft.shape)).clip(0, 255).astype(np.uint8)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def reference(data: bytes, size: int = 224) -> np.ndarray:
+    """What the reference's Pillow (9) makes of it: to RGB, along rows, along columns, crop. uint8 [3, H, W]."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    width, height = image.size
+    resized = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    image = image.resize((resized[0], height), Image.Resampling.BICUBIC).resize(resized, Image.Resampling.BICUBIC)
+    return np.asarray(transforms.functional.center_crop(image, [size, size])).transpose(2, 0, 1)
+
+
+def difference(data: bytes, size: int = 224) -> int:
+    prepared = ImagePreparer(image_processor(size))(data)
+    assert prepared.shape == (3, size, size)
+    assert prepared.dtype == np.uint8
+    return int(np.abs(prepared.astype(int) - reference(data, size).astype(int)).max())
+
+
+SIZES = [
+    *[(1, 1), (2, 3), (1, 40), (40, 1), (30, 30), (3, 300), (300, 3)],
+    *[(223, 223), (224, 224), (225, 224), (224, 225), (100, 80), (80, 100), (223, 500), (500, 223)],
+    *[(256, 256), (256, 600), (600, 256), (230, 900), (900, 230), (512, 384), (384, 512), (640, 481), (1001, 777)],
+]
+
+
+@pytest.mark.parametrize("kind", ["noise", "soft"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_any_size(size: tuple[int, int], kind: str) -> None:
+    assert difference(encoded(Image.fromarray(pixels(*size, kind)))) <= 1
+
+
+def test_many_sizes_of_noise() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(60):
+        width, height = (int(side) for side in rng.integers(1, 400, 2))
+        if max(width, height) <= 30 * min(width, height):
+            assert difference(encoded(Image.fromarray(pixels(width, height, seed=seed))), 112) <= 1, (width, height)
+
+
+def test_a_picture_like_a_line_takes_little_memory() -> None:
+    # At full width it would be 224 × 4,480,000 pixels.
+    assert ImagePreparer(image_processor())(encoded(Image.fromarray(pixels(20_000, 1)))).shape == (3, 224, 224)
+    assert ImagePreparer(image_processor())(encoded(Image.fromarray(pixels(1, 20_000)))).shape == (3, 224, 224)
+
+
+def test_every_kind_of_picture() -> None:
+    rgb = Image.fromarray(pixels(90, 70, "soft"))
+    alpha = rgb.copy()
+    alpha.putalpha(Image.fromarray(pixels(90, 70)[:, :, 0]))
+    palette = rgb.quantize(16)
+    palette.info["transparency"] = 3
+    deep = Image.fromarray((pixels(90, 70)[:, :, 0].astype(np.uint16) << 8) + 7)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated: Pillow does not turn the picture, so neither do we
+    pictures = {
+        "jpeg": encoded(rgb, "JPEG"),
+        "jpeg 4:4:4": encoded(rgb, "JPEG", subsampling=0),
+        "jpeg 4:2:2": encoded(rgb, "JPEG", subsampling=1),
+        "progressive": encoded(rgb, "JPEG", progressive=True),
+        "rotated": encoded(rgb, "JPEG", exif=exif),
+        "grey": encoded(rgb.convert("L"), "JPEG"),
+        "cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
+        "extra bytes": encoded(rgb, "JPEG") + b"extra",
+        "rgba": encoded(alpha),
+        "palette": encoded(palette),
+        "16 bit": encoded(deep),
+        "1 bit": encoded(rgb.convert("1")),
+        "gif": encoded(palette, "GIF", save_all=True, append_images=[palette.rotate(90)]),
+        "webp": encoded(rgb, "WEBP"),
+    }
+    differences = {name: difference(data, 64) for name, data in pictures.items()}
+    assert max(differences.values()) <= 1, differences
+
+
+def test_truncated_and_broken_pictures_are_errors() -> None:
+    prepare = ImagePreparer(image_processor())
+    jpeg = encoded(Image.fromarray(pixels(90, 70)), "JPEG")
+    png = encoded(Image.fromarray(pixels(90, 70)))
+    for data in (jpeg[:-200], png[:-200], jpeg[:20], b"", b"no picture", b"\xff\xd8\xff" + bytes(5000)):
+        assert not prepare.too_large(data)
+        with pytest.raises(SampleError, match="corrupt_image"):
+            prepare(data)
+
+
+def test_size_is_known_without_decoding() -> None:
+    assert image_size(encoded(Image.fromarray(pixels(90, 70)), "JPEG")[:800]) == (90, 70)
+    assert image_size(encoded(Image.fromarray(pixels(90, 70)))[:800]) == (90, 70)
+    assert image_size(b"no picture") is None
+    data = encoded(Image.new("L", (20_000, 10_000)), optimize=False)  # what Pillow calls a decompression bomb
+    assert ImagePreparer(image_processor(), max_pixels=10**12).too_large(data)
+    assert ImagePreparer(image_processor(), max_pixels=None).too_large(data)
+    small = encoded(Image.fromarray(pixels(90, 70)))
+    assert ImagePreparer(image_processor(), max_pixels=6299).too_large(small)
+    assert not ImagePreparer(image_processor(), max_pixels=6300).too_large(small)
+
+
+def test_flip_mirrors() -> None:
+    data = encoded(Image.fromarray(pixels(90, 70)))
+    prepare = ImagePreparer(image_processor())
+    assert np.array_equal(prepare(data, flip=True), prepare(data)[:, :, ::-1])
+
+
+def test_normalised_bytes_are_what_the_image_processor_gives() -> None:
+    image = Image.fromarray(pixels(300, 260, "soft"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalization(image_processor()))
+    ours = (torch.from_numpy(ImagePreparer(image_processor())(encoded(image))).float() / 255 - mean) / std
+    assert (ours - image_processor()(image)).abs().max() < 1.01 / 255 / 0.26
+
+
+def squash(image: Image.Image) -> torch.Tensor:
+    """An image processor that nobody can look into."""
+    return torch.full((3, 8, 8), image.width / 100)
+
+
+def test_another_image_processor_is_called() -> None:
+    assert image_spec(squash) is None
+    assert normalization(squash) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    prepared = ImagePreparer(squash)(encoded(Image.fromarray(pixels(50, 20))))
+    assert prepared.dtype == np.float32
+    assert prepared.shape == (3, 8, 8)
+    assert float(prepared.max()) == 0.5
+    padded = transforms.Compose(
+        [
+            transforms.Resize(8),
+            transforms.CenterCrop(16),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+    assert image_spec(padded) is None, "a crop larger than the picture pads"
+
+
+def test_a_pipeline_without_a_crop_squashes() -> None:
+    size = transforms.Resize((40, 24), interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+    both = transforms.Compose([size, transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    image = Image.fromarray(pixels(90, 70))
+    prepared = ImagePreparer(both)(encoded(image))
+    assert prepared.shape == (3, 40, 24)
+    expected = (both(image) * 0.5 + 0.5) * 255
+    assert np.abs(prepared - expected.numpy()).max() < 1.01
+
+
+def test_it_can_be_sent_to_another_process() -> None:
+    data = encoded(Image.fromarray(pixels(50, 50)))
+    prepare = ImagePreparer(image_processor(), max_pixels=10**6)
+    assert np.array_equal(pickle.loads(pickle.dumps(prepare))(data), prepare(data))
