@@ -13,7 +13,7 @@ def requirements(name: str) -> list[str]:
 
 
 TRAINING = requirements("requirements-training.txt")
-TEST = ["pytest>=8", "pytest-xdist", "ruff==0.14.5", "mypy==1.18.2"]
+TEST = ["pytest>=8", "pytest-xdist", "setuptools>=64", "wheel", "ruff==0.14.5", "mypy==1.18.2"]
 
 setup(
     name="open_flamingo",
@@ -23,12 +23,19 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["open_flamingo", "open_flamingo.train", "open_flamingo.train.data", "open_flamingo.scripts"],
+    packages=[
+        "open_flamingo",
+        "open_flamingo.train",
+        "open_flamingo.train.data",
+        "open_flamingo.scripts",
+        "open_flamingo.scripts.demo",
+    ],
     package_dir={
         "open_flamingo": "open_flamingo",
         "open_flamingo.train": "train",
         "open_flamingo.train.data": "train/data",
         "open_flamingo.scripts": "scripts",
+        "open_flamingo.scripts.demo": "scripts/demo",
     },
     install_requires=requirements("requirements.txt"),
     extras_require={"training": TRAINING, "test": TRAINING + TEST},

@@ -1,8 +1,9 @@
-"""Under torchrun: prints, for one update with accumulation, the bytes that DDP reduced and the bytes that are trained."""
+"""Under torchrun: prints the buckets, in bytes, that DDP reduces in each of two updates, and how many bytes are trained."""
 
 import sys
 
 import torch
+from PIL import Image
 
 from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import parse_args
@@ -10,7 +11,7 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.distributed import distributed
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-from open_flamingo.train.parallel import parallelise
+from open_flamingo.train.parallel import parallelise, rehearse
 from open_flamingo.train.step import Source, train_update
 from open_flamingo.train.train import data_options
 
@@ -34,18 +35,23 @@ def main() -> None:
             for kind, option in data_options(args, world, None).items()
         ]
         parallel_model = parallelise(model, world)
-        reduced = []
+        buckets: list[int] = []
 
         def count(state: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            reduced.append(bucket.buffer().nbytes)
+            buckets.append(bucket.buffer().nbytes)
             work = torch.distributed.all_reduce(bucket.buffer() / world.world_size, async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
 
         parallel_model.register_comm_hook(None, count)
-        train_update(parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, "fp32")
-        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        image = image_processor(Image.new("RGB", (64, 64)))
+        rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id)
+        for _ in range(2):
+            buckets.clear()
+            train_update(parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, "fp32")
+            if world.is_main:
+                print("buckets", *buckets)
         if world.is_main:
-            print(f"reduced {sum(reduced)} of {trained} trained bytes")
+            print("trained", sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
         del parallel_model
 
 

@@ -200,3 +200,26 @@ def test_a_checkpoint_of_the_reference_in_mid_run_goes_on(flags: list[str], tmp_
     # Its data start anew, so only the optimiser's momentum can be compared: it is there, and it is ours.
     after = load(tmp_path / "on" / "checkpoint_1.pt")["optimizer_state_dict"]["state"]
     assert all(moments["step"] == 8 for moments in after.values())
+
+
+def test_broken_shards_among_good_ones_are_counted_and_survived(
+    flags: list[str], shards: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(Path(shards["laion"].replace("{000000..000002}", "000000")).read_bytes()[:5000])
+    with_broken = f"--laion_shards={shards['laion']}::{broken}"
+    main([*flags, with_broken, f"--run_name={tmp_path / 'run'}", "--workers=1", "--num_epochs=4"])
+    assert sum(metrics(tmp_path / "run")[-1]["errors_laion"].values()) > 0
+    assert "laion ERRORS: " in said(caplog)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_yield_nothing_stop_the_run_with_their_name(
+    workers: int, flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reference spins for ever, or trains zero steps and exits with 0."""
+    (tmp_path / "garbage.tar").write_bytes(b"not a tar" * 1000)
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, f"--laion_shards={tmp_path}/garbage.tar", f"--run_name={tmp_path}/run", f"--workers={workers}"])
+    assert stopped.value.code == 1
+    assert "garbage.tar" in said(caplog)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from open_flamingo.train.distributed import World
@@ -22,8 +23,22 @@ def parallelise(model: nn.Module, world: World) -> nn.Module:
     )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id: int) -> None:
+    """One pass over a made-up sample whose gradients are thrown away: call it once, before the first update.
+
+    After its first backward pass, DDP lays its buckets out anew, in the order in which the gradients came. With more
+    than two ranks, the layout decides in which order gradients are added up; so without this, the first update after
+    a resume would differ in its last bits from the same update of a run that was not stopped.
+
+    Args:
+        image: float32 [3, H, W], as the vision encoder takes them.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    tokens = torch.tensor([[media_token_id, eoc_token_id]])
+    device = next(model.parameters()).device
+    model(vision_x=image.to(device)[None, None, None], lang_x=tokens.to(device), labels=tokens).loss.backward()
+    model.zero_grad(set_to_none=True)
 
 
 def gradient_sync(model: nn.Module, synchronise: bool) -> AbstractContextManager:

@@ -68,6 +68,7 @@ def refusing(what: str) -> Iterator[None]:
 
 def train(args: argparse.Namespace, world: World) -> None:
     import torch
+    from PIL import Image
     from transformers.utils import logging as transformers_logging
 
     from open_flamingo import create_model_and_transforms
@@ -75,7 +76,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     from open_flamingo.train.data.images import normalization
     from open_flamingo.train.data.loader import build_loader
     from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-    from open_flamingo.train.parallel import parallelise
+    from open_flamingo.train.parallel import parallelise, rehearse
     from open_flamingo.train.precision import hold_frozen_weights
     from open_flamingo.train.report import Reporter, describe, measure
     from open_flamingo.train.resume import Plan, find_start, restore, snapshot
@@ -150,6 +151,7 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     # ---------------------------------------------------------------- loop
     parallel_model = parallelise(model, world)
+    rehearse(parallel_model, image_processor(Image.new("RGB", (64, 64))), model.media_token_id, model.eoc_token_id)
     began = span_began = time.perf_counter()
     for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
         gradient_norm = train_update(
