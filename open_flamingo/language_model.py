@@ -46,8 +46,9 @@ class Conditioning:
     uses_cache: bool = field(init=False, default=False)
 
     def select(self, batch: int, past_length: int, num_tokens: int, uses_cache: bool = False) -> None:
-        """Set `media` and `mask` for a call of the language model on tokens past_length .. past_length + num_tokens.
+        """Set what the layers read for a call of the language model on tokens past_length .. past_length + num_tokens.
 
+        media: [batch, N·L, E]; mask: of [batch, num_tokens]; uses_cache: whether the call writes to a key-value cache.
         `batch` may be a multiple of B: beam search and `num_return_sequences` repeat each row in place.
         """
         images, last = self.latents.shape[1], self.text_time.shape[1] - 1
@@ -95,7 +96,8 @@ def _select_images(lang_encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     past = kwargs.get("past_key_values")
-    conditioning.select(tokens.shape[0], cache_length(past), tokens.shape[1], past is not None)
+    uses_cache = past is not None or kwargs.get("use_cache") is not False  # by default most models make one
+    conditioning.select(tokens.shape[0], cache_length(past), tokens.shape[1], uses_cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

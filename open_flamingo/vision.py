@@ -64,7 +64,7 @@ def patch_width(tower: nn.Module, image_size: tuple[int, int]) -> int:
 
 
 def prepare_for_tokens(tower: nn.Module) -> None:
-    """Make an OpenCLIP ViT without `forward_intermediates` (OpenCLIP < 2.27) return its tokens, before `ln_post`."""
+    """Make an OpenCLIP ViT without `forward_intermediates` (OpenCLIP up to 2.30) return its tokens, before `ln_post`."""
     tower_: Any = tower
     if hasattr(tower, "ln_post") and not hasattr(tower, "forward_intermediates"):
         tower_.output_tokens = True

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from open_flamingo import create_model_and_transforms
 from open_flamingo.factory import load_language_model, load_tokenizer, load_vision_encoder
-from open_flamingo.vision import patch_tokens, patch_width
+from open_flamingo.vision import patch_tokens, patch_width, prepare_for_tokens
 from tests.families import language_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,6 +47,8 @@ def config_file(folder: Path, vision: dict, name: str = "tiny") -> Path:
 @pytest.mark.parametrize("kind", TOWERS)
 def test_patch_tokens(kind: str, tmp_path: Path) -> None:
     vision, shape = TOWERS[kind]
+    if "CoCa" in kind and not hasattr(open_clip.transformer.VisionTransformer, "forward_intermediates"):
+        pytest.skip("this OpenCLIP gives only the tokens that its pooling makes")
     tower, transform, size = load_vision_encoder(str(config_file(tmp_path, vision)))
     picture = transform(Image.new("RGB", (90, 70), "red"))
     assert picture.shape == (3, *size)
@@ -92,7 +94,7 @@ def test_a_model_of_any_tower_trains(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_older_openclip_gives_the_same_tokens() -> None:
-    """OpenCLIP before 2.27 has no `forward_intermediates`: its own output is used, with the flags that make it right."""
+    """OpenCLIP up to 2.30 has no `forward_intermediates`: its own output is used, with the flags that make it right."""
     tower, _, size = load_vision_encoder(str(CONFIG), str(WEIGHTS))
     pictures = torch.randn(2, 3, *size)
     expected = patch_tokens(tower, pictures)
@@ -102,8 +104,6 @@ def test_an_older_openclip_gives_the_same_tokens() -> None:
 
     tower.__class__ = Older
     assert not hasattr(tower, "forward_intermediates")
-    from open_flamingo.vision import prepare_for_tokens
-
     prepare_for_tokens(tower)
     torch.testing.assert_close(patch_tokens(tower, pictures), expected)
 
@@ -112,9 +112,7 @@ def test_an_older_openclip_gives_the_same_tokens() -> None:
 # Where weights come from
 
 
-def test_weights_of_the_whole_clip_or_the_tower_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_the_whole_clip_or_the_tower_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_file(tmp_path, VIT)
     torch.manual_seed(0)
     clip = open_clip.CLIP(**json.loads(config.read_text()))
@@ -134,6 +132,8 @@ def test_weights_of_the_whole_clip_or_the_tower_alone(
             assert all(torch.equal(v, tower[k]) for k, v in loaded.state_dict().items()), name
     assert "random" not in caplog.text
 
+    if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
+        return  # OpenCLIP 2 has no local-dir:
     folder = tmp_path / "folder"
     folder.mkdir()
     save_file(whole, folder / "open_clip_model.safetensors")
