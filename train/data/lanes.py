@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 import webdataset as wds
+from webdataset.gopen import set_options
 from webdataset.tariterators import group_by_keys
 
 from open_flamingo.train.data.samples import DataError, Drop, Sample, SampleError
@@ -135,13 +136,18 @@ def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
     stream: Any = None
     try:
         stream = wds.gopen(url)
+        # A pipe looks at its command's status after each read, and raises even if there is more to read: how much would be
+        # seen of a shard depends on who is faster. So it is asked once, at the end.
+        set_options(stream, ignore_errors=True)
+        process = getattr(stream, "proc", None)
         for sample in group_by_keys(_tar_members(stream, url), handler=duplicate):
             found = True
             yield sample
-        # To the very end, past tar's padding: only then does a pipe tell how its command ended.
+        # To the very end, past tar's padding: a command that we leave while it writes fails for that alone.
         while stream.read(1 << 20):
             pass
-        stream.close()
+        if process is not None and process.wait() != 0:
+            raise OSError(f"the command ended with exit status {process.returncode}")
     except (OSError, EOFError, tarfile.TarError, ValueError, RuntimeError) as error:  # zlib, lzma and curl among them
         raise SampleError("damaged_shard" if found else "unreadable_shard", f"{url}: {error}") from error
     finally:
@@ -149,7 +155,7 @@ def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
 
 
 def _close_quietly(stream: Any) -> None:
-    # A pipe that we stop reading early ends with an error of its own, which says nothing.
+    # What goes wrong here says nothing about what was read.
     try:
         if stream is not None:
             stream.close()

@@ -292,6 +292,7 @@ class Loader:
     """Batches without end. Iterate it once; `close` it, or leave it with `with`, to stop its workers."""
 
     def __init__(self, dataset: LaneDataset) -> None:
+        self.dataset = dataset
         self.options = dataset.options
         self.samples = dataset.state.samples
         self._pad_token_id = dataset.collate.pad_token_id
