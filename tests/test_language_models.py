@@ -108,6 +108,18 @@ def test_generation(family: str, tied: bool) -> None:
 
 
 @every_family
+def test_padding_on_the_left_moves_no_logit(family: str, tied: bool) -> None:
+    """Some models count padding as positions unless told."""
+    model = flamingo(language_model(family, tied))
+    row, pictures = torch.tensor([[3, IMAGE, 5, 6, IMAGE, 7]]), images(1, 2)
+    padded = F.pad(row, (3, 0), value=PAD)
+    with torch.no_grad():
+        expected = model(pictures, row).logits
+        logits = model(pictures, padded, (padded != PAD).long()).logits[:, 3:]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_family
 def test_a_token_sees_the_image_just_before_it_and_no_other(family: str, tied: bool) -> None:
     """Exactly so in a gated block; the language model's attention then carries it on, to later tokens only."""
     model = flamingo(language_model(family, tied))
