@@ -46,7 +46,8 @@ def test_a_run_from_shards_to_checkpoints(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
-    main([*flags, f"--run_name={run}", "--num_epochs=10", "--report_to_tensorboard", "--report_to_wandb"])
+    wandb = ["--report_to_wandb", "--save_checkpoints_to_wandb"]
+    main([*flags, f"--run_name={run}", "--num_epochs=10", "--report_to_tensorboard", *wandb])
 
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 41))
@@ -54,7 +55,7 @@ def test_a_run_from_shards_to_checkpoints(
         losses = [line[f"loss_{kind}"] for line in lines]
         assert sum(losses[-4:]) < 0.985 * sum(losses[:4])
     assert list(run.glob("tensorboard/events.*"))
-    assert list(run.glob("wandb/offline-run-*"))
+    assert list(run.glob("wandb/offline-run-*/files/checkpoint_9.pt"))
 
     assert sorted(path.name for path in run.glob("*.pt")) == sorted(f"checkpoint_{epoch}.pt" for epoch in range(10))
     checkpoint = load(run / "checkpoint_9.pt")

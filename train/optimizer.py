@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -63,5 +62,5 @@ def build_scheduler(
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    factor = partial(_SCHEDULES[name], warmup=warmup_updates, total=total_updates)
-    return LambdaLR(optimizer, factor, last_epoch=updates_done - 1)
+    schedule = _SCHEDULES[name]
+    return LambdaLR(optimizer, lambda step: schedule(step, warmup_updates, total_updates), last_epoch=updates_done - 1)

@@ -24,7 +24,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def hold_frozen_weights(model: nn.Module, precision: str) -> None:
     """Converts the frozen matrix weights of `model`, in place, to what autocast computes their products in.
 
-    A matrix that is also used in another way (an output head tied to the embeddings) stays as it is.
+    A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does an
+    output head with rows of the new tokens, since checkpoints hold it.
     """
     if precision not in ("amp_bf16", "amp_bfloat16"):
         return
@@ -33,7 +34,7 @@ def hold_frozen_weights(model: nn.Module, precision: str) -> None:
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
-        if isinstance(module, _MATRIX_LAYERS):
+        if isinstance(module, _MATRIX_LAYERS) and not hasattr(module, "new_rows"):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad and users[id(parameter)] == 1:
                     parameter.data = parameter.data.to(torch.bfloat16)

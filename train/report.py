@@ -149,7 +149,12 @@ class Reporter:
             self._wandb = _start_wandb(folder, wandb_project, wandb_entity, offline, flags)
         # A bar only where somebody watches; a log file gets the log lines.
         self._bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05, disable=None, desc="train"
+            total=total_steps,
+            initial=step,
+            disable=None,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            bar_format="{n_fmt}/{total_fmt} |{bar:20}| left {remaining} {postfix}",
         )
 
     def advance(self) -> None:
@@ -165,10 +170,11 @@ class Reporter:
         assert self._metrics is not None
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        log.info("%s", self._console_line(line))
+        progress, counts = self._describe(line)
+        left = f"left {timedelta(seconds=round(line['seconds_left']))}"
+        log.info("%s", " | ".join([f"step {step:,}/{self._total_steps:,}", *progress, left, *counts]))
         if self._bar is not None:
-            losses = {name[5:]: f"{value:.3f}" for name, value in values.items() if name.startswith("loss_")}
-            self._bar.set_postfix(losses, refresh=False)
+            self._bar.set_postfix_str(" | ".join(progress), refresh=False)
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         for name, counts in values.items():
             if isinstance(counts, Mapping):
@@ -179,19 +185,22 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
-    def _console_line(self, line: Mapping[str, Any]) -> str:
-        parts = [f"step {line['step']:,}/{self._total_steps:,}", f"epoch {line['epoch']:.2f}"]
+    @staticmethod
+    def _describe(line: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The parts of a log line: how training goes, and what was left out of the data."""
         kinds = [name[5:] for name in line if name.startswith("loss_")]
-        parts += [f"{kind} loss {line[f'loss_{kind}']:.4f}" for kind in kinds]
-        parts += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}"]
-        parts += [f"{kind} {line[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
-        parts += [f"data wait {line['data_wait']:.0%}", f"left {timedelta(seconds=round(line['seconds_left']))}"]
+        progress = [f"epoch {line['epoch']:.2f}"]
+        progress += [f"{kind} loss {line[f'loss_{kind}']:.4f}" for kind in kinds]
+        progress += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}"]
+        progress += [f"{kind} {line[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
+        progress += [f"data wait {line['data_wait']:.0%}"]
+        counts = []
         for kind in kinds:
             if dropped := line[f"dropped_{kind}"]:
-                parts.append(f"{kind} dropped: {count_line(dropped)}")
+                counts.append(f"{kind} dropped: {count_line(dropped)}")
             if errors := line[f"errors_{kind}"]:
-                parts.append(f"{kind} ERRORS: {count_line(errors)}")
-        return " | ".join(parts)
+                counts.append(f"{kind} ERRORS: {count_line(errors)}")
+        return progress, counts
 
     def upload(self, path: Path) -> None:
         """Sends the checkpoint at `path` to W&B."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from open_flamingo import Flamingo
 from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.arguments import DATA_FLAGS, MODEL_FLAGS
 from open_flamingo.train.data.loader import LoaderState
@@ -65,7 +65,7 @@ def snapshot(
     plan: Plan,
     lanes: int,
     step: int,
-    model: nn.Module,
+    model: Flamingo,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     sources: list[Source],
@@ -193,7 +193,7 @@ def _rescaled_step(checkpoint: dict[str, Any], plan: Plan) -> int:
     return epochs * plan.updates_per_epoch + min(within, plan.updates_per_epoch - 1)
 
 
-def restore(start: Start, world: World, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(start: Start, world: World, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
     """Puts the state of `start` into the model, the optimiser and the random generators.
 
     Raises ValueError, naming the parameter, where the checkpoint is of another model.
@@ -239,7 +239,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
 
 
 def _optimizer_state_of_reference(
-    checkpoint: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+    checkpoint: dict[str, Any], model: Flamingo, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
     """The reference's AdamW state for our parameters, or None where it is not of this model.
 

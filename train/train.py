@@ -161,7 +161,7 @@ def train(args: argparse.Namespace, world: World) -> None:
 
         if step % args.logging_steps == 0 or step == plan.total_updates:
             now = time.perf_counter()
-            values = measure(world, sources, gradient_norm, scheduler.get_last_lr()[0], now - span_began)
+            values = measure(world, sources, gradient_norm, float(scheduler.get_last_lr()[0]), now - span_began)
             values["seconds_left"] = (now - began) / (step - start.step) * (plan.total_updates - step)
             reporter.log(step, values)
             span_began = now
