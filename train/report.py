@@ -154,7 +154,7 @@ class Reporter:
             disable=None,
             dynamic_ncols=True,
             smoothing=0.05,
-            bar_format="{n_fmt}/{total_fmt} |{bar:20}| left {remaining} {postfix}",
+            bar_format="{n_fmt}/{total_fmt} |{bar:20}| left {remaining}{postfix}",
         )
 
     def advance(self) -> None:
