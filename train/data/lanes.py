@@ -98,6 +98,20 @@ class Counts:
 
     dropped: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+    _named: set[str] = field(default_factory=set)
+
+    def error(self, reason: str, where: str, message: str) -> None:
+        """Counts an error. The first of each reason is also logged, so that there is one to look at."""
+        self.errors[reason] += 1
+        if reason not in self._named:
+            self._named.add(reason)
+            logger.warning("left out %s: %s (others of this kind are only counted)", where, message)
+
+    def take(self) -> Counts:
+        """The counts since the last `take`."""
+        taken = Counts(self.dropped, self.errors)
+        self.dropped, self.errors = Counter(), Counter()
+        return taken
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -129,7 +143,7 @@ def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
     """
 
     def duplicate(error: Exception) -> bool:  # a second file of one name: keep the first
-        counts.errors["duplicate_member"] += 1
+        counts.error("duplicate_member", url, str(error))
         return True
 
     found = False
@@ -264,9 +278,8 @@ class Lane:
                 yield n, sample
 
     def _failed(self, error: SampleError, where: str) -> None:
-        self._counts.errors[error.reason] += 1
+        self._counts.error(error.reason, where, str(error))
         self._failures += 1
-        logger.debug("%s: %s", where, error)
         if self._failures >= FAILURES_IN_A_ROW:
             raise DataError(
                 f"{self._failures} {self._order.kind} samples in a row failed; the last is {where}: {error}"

@@ -268,9 +268,7 @@ class LaneDataset(IterableDataset):
                 samples.append(next(lanes[i % options.lanes]))
                 i += processes
             cursors = {index: lane.cursor for index, lane in lanes.items()}
-            yield self.collate(samples, cursors, Counts(counts.dropped.copy(), counts.errors.copy()))
-            counts.dropped.clear()
-            counts.errors.clear()
+            yield self.collate(samples, cursors, counts.take())
 
 
 def _start_worker(worker: int) -> None:
