@@ -82,7 +82,8 @@ def loss_of(model: nn.Module, batch: Batch, source: Source, precision: str) -> t
         return model(
             vision_x=source.images(batch).unsqueeze(2),  # the reference's frame axis: [B, N, 1, 3, H, W]
             lang_x=batch.input_ids.to(device, non_blocking=True),
-            attention_mask=batch.attention_mask.to(device, non_blocking=True),
+            # No attention mask: padding is on the right, where causal attention never looks, and the kernels for causal
+            # attention without a mask are the fast ones.
             labels=batch.labels,  # stays here: what counts is picked without waiting for the device
             image_counts=batch.image_counts,
         ).loss
