@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from open_flamingo import Flamingo
+from open_flamingo.language_model import output_head
+
 # Layers whose weights autocast would convert to the lower precision on every forward pass anyway. Holding their frozen
 # weights in it gives the same numbers for half the memory. Embeddings and norms are not among them: autocast computes
 # those in float32.
@@ -21,11 +24,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def hold_frozen_weights(model: nn.Module, precision: str) -> None:
+def hold_frozen_weights(model: Flamingo, precision: str) -> None:
     """Converts the frozen matrix weights of `model`, in place, to what autocast computes their products in.
 
-    A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does an
-    output head with rows of the new tokens, since checkpoints hold it.
+    A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does the
+    output head, since checkpoints hold it.
     """
     if precision not in ("amp_bf16", "amp_bfloat16"):
         return
@@ -34,7 +37,7 @@ def hold_frozen_weights(model: nn.Module, precision: str) -> None:
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
-        if isinstance(module, _MATRIX_LAYERS) and not hasattr(module, "new_rows"):
+        if isinstance(module, _MATRIX_LAYERS) and module is not output_head(model.lang_encoder):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad and users[id(parameter)] == 1:
                     parameter.data = parameter.data.to(torch.bfloat16)
