@@ -16,7 +16,7 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.distributed import World
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-from open_flamingo.train.precision import hold_frozen_weights
+from open_flamingo.train.precision import hold_weights
 from open_flamingo.train.step import Source, loss_of, train_update
 from open_flamingo.train.train import data_options
 
@@ -89,7 +89,7 @@ def test_amp_holds_frozen_matrices_in_bfloat16_and_computes_the_same(parts: Simp
     before.backward()
     gradients = {name: p.grad for name, p in parts.model.named_parameters() if p.requires_grad}
     parts.model.zero_grad()
-    hold_frozen_weights(parts.model, "amp_bf16")
+    hold_weights(parts.model, "amp_bf16")
     after = loss_of(parts.model, batch, source, "amp_bf16")
     after.backward()
     assert torch.equal(before, after)

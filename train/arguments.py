@@ -219,12 +219,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         choices=["fp32", "amp_bf16", "amp_bfloat16", "bf16", "fp16"],
         default="fp32",
-        help="amp_bf16: matrix products in bfloat16, trained weights and optimiser in float32",
+        help="amp_bf16 (or amp_bfloat16): matrix products in bfloat16, trained weights and optimiser in float32. "
+        "fp16: the same in float16, with a loss scale that adapts; an update whose gradients overflow is skipped but "
+        "counts as done. bf16: everything in bfloat16, trained weights and optimiser too: half their memory, but an "
+        "update of less than 1/512 of a weight is lost, so training may stall where amp_bf16 would go on",
     )
     precision.add_argument(
         "--gradient_checkpointing",
         action="store_true",
         help="recompute decoder layers, gated blocks and resampler in the backward pass: less memory, a third slower",
+    )
+    precision.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile decoder layers, gated blocks and resampler layers with torch.compile: faster updates, after some "
+        "minutes of compiling at the start. Needs a C compiler",
     )
 
     distributed = parser.add_argument_group("distributed")
@@ -296,8 +305,6 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("horovod", "fsdp"):
         if getattr(args, flag):
             raise ValueError(f"--{flag} is not available in this version yet: run without it")
-    if args.precision in ("bf16", "fp16"):
-        raise ValueError(f"--precision {args.precision} is not available in this version yet: use amp_bf16 or fp32")
 
 
 def check_epoch_lengths(samples_laion: int, batch_laion: int, samples_mmc4: int, batch_mmc4: int) -> None:

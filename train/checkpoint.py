@@ -5,7 +5,8 @@
 
 A checkpoint is a dict. The reference's keys: `epoch` (the last finished one, -1 if none), `model_state_dict` (trained
 parameters under the reference's names), `optimizer_state_dict`, `lr_scheduler_state_dict`. Ours: `step` (updates done),
-`data` (a loader state for each dataset), `random_states` (one a rank), `optimizer_parameter_names`, `flags`, `versions`.
+`data` (a loader state for each dataset), `loss_scaler_state_dict` (fp16), `random_states` (one a rank),
+`optimizer_parameter_names`, `flags`, `versions`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from open_flamingo.train.distributed import World
+from open_flamingo.train.precision import autocast
 
 
 def parallelise(model: nn.Module, world: World) -> nn.Module:
@@ -23,7 +24,7 @@ def parallelise(model: nn.Module, world: World) -> nn.Module:
     )
 
 
-def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id: int) -> None:
+def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id: int, precision: str = "fp32") -> None:
     """One pass over a made-up sample whose gradients are thrown away: call it once, before the first update.
 
     After its first backward pass, DDP lays its buckets out anew, in the order in which the gradients came. With more
@@ -37,7 +38,9 @@ def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id:
         return
     tokens = torch.tensor([[media_token_id, eoc_token_id]])
     device = next(model.parameters()).device
-    model(vision_x=image.to(device)[None, None, None], lang_x=tokens.to(device), labels=tokens).loss.backward()
+    with autocast(precision, device):
+        loss = model(vision_x=image.to(device)[None, None, None], lang_x=tokens.to(device), labels=tokens).loss
+    loss.backward()
     model.zero_grad(set_to_none=True)
 
 

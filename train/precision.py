@@ -1,37 +1,72 @@
-"""What is computed, and held, in which precision."""
+"""What is computed, and held, in which precision.
+
+| --precision | products | frozen matrices | what is trained, and the optimiser's state |
+|---|---|---|---|
+| fp32 | float32 | float32 | float32 |
+| amp_bf16 | bfloat16 | bfloat16 | float32 |
+| fp16 | float16, the loss scaled | float16 | float32 |
+| bf16 | bfloat16 | bfloat16 | bfloat16 |
+
+Embeddings, norms and the output head are bfloat16 only in bf16; the loss is computed in float32 in all of them.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import output_head
+
+# What autocast computes products in. (bf16 has no autocast: there, everything is in it to begin with.)
+_AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
 
 # Layers whose weights autocast would convert to the lower precision on every forward pass anyway. Holding their frozen
 # weights in it gives the same numbers for half the memory. Embeddings and norms are not among them: autocast computes
 # those in float32.
 _MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000
+"""Of the loss scale: where it starts, and after how many updates without an overflow it doubles. torch.amp's values."""
+SCALE_RANGE = (2.0**-16, 2.0**32)
+"""Beyond these it helps nobody, and could reach 0 or infinity, from which it would not come back."""
+
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass in `precision`."""
-    if precision in ("amp_bf16", "amp_bfloat16"):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    dtype = _AUTOCAST.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def hold_frozen_weights(model: Flamingo, precision: str) -> None:
-    """Converts the frozen matrix weights of `model`, in place, to what autocast computes their products in.
+def hold_weights(model: Flamingo, precision: str) -> None:
+    """Converts the weights of `model`, in place, to what `precision` holds them in.
 
-    A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does the
-    output head, since checkpoints hold it.
+    Under autocast, that is the frozen matrices. A matrix that is also used in another way (an output head tied to the
+    embeddings) stays as it is, and so does the output head, since checkpoints hold it.
     """
-    if precision not in ("amp_bf16", "amp_bfloat16"):
-        return
+    if precision == "bf16":
+        _convert_everything(model, torch.bfloat16)
+    elif precision in _AUTOCAST:
+        _convert_frozen_matrices(model, _AUTOCAST[precision])
+
+
+def _convert_everything(model: nn.Module, dtype: torch.dtype) -> None:
+    """All parameters, but of the buffers only the running statistics of batch norms: what else lies in buffers
+    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        if isinstance(module, _BatchNorm):
+            module.to(dtype)
+
+
+def _convert_frozen_matrices(model: Flamingo, dtype: torch.dtype) -> None:
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -40,4 +75,72 @@ def hold_frozen_weights(model: Flamingo, precision: str) -> None:
         if isinstance(module, _MATRIX_LAYERS) and module is not output_head(model.lang_encoder):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad and users[id(parameter)] == 1:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                    parameter.data = parameter.data.to(dtype)
+
+
+class LossScaler:
+    """Keeps the gradients of a float16 backward pass within its range: the loss is multiplied by a scale, which halves
+    when a gradient overflows and doubles after `GROWTH_INTERVAL` updates in which none did.
+
+    torch.amp.GradScaler's rule, but decided by the global gradient norm. That is one number for all ranks and however
+    the gradients are sharded (an overflow on any rank makes it infinite or not a number), so all skip the same updates.
+    All of it stays on the device: the loop never waits for it.
+
+    Attributes:
+        scale: float32 [].
+        good_updates: since the scale last changed, int32 [].
+        skipped: updates that changed no weight because a gradient overflowed, since the run began, int32 [].
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.tensor(INITIAL_SCALE, device=device)
+        self.good_updates = torch.zeros((), dtype=torch.int32, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int32, device=device)
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, scaled_norm: Tensor, max_norm: float) -> Tensor:
+        """An optimiser step on gradients that are still scaled: they are unscaled, clipped to `max_norm` and applied in
+        one pass. Changes neither weights nor optimiser state where `scaled_norm` is not finite.
+
+        Args:
+            optimizer: a fused one of torch's.
+            scaled_norm: of all gradients together, float32 [], the same on every rank.
+
+        Returns:
+            the norm of the unscaled gradients, before clipping, float32 [].
+        """
+        norm = scaled_norm.float() / self.scale
+        overflow = ~norm.isfinite()
+        fused: Any = optimizer
+        fused.grad_scale = self.scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)  # what it divides gradients by
+        fused.found_inf = overflow.float()  # 1: do nothing
+        try:
+            optimizer.step()
+        finally:
+            del fused.grad_scale, fused.found_inf
+
+        good_updates = self.good_updates + 1
+        grown = good_updates >= GROWTH_INTERVAL
+        factor = torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))
+        self.scale.mul_(factor).clamp_(*SCALE_RANGE)
+        self.good_updates.copy_(torch.where(overflow | grown, 0, good_updates))
+        self.skipped.add_(overflow)
+        return norm
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Waits for the device."""
+        return {
+            "scale": self.scale.item(),
+            "good_updates": int(self.good_updates.item()),
+            "skipped": int(self.skipped.item()),
+        }
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        self.scale.fill_(state["scale"])
+        self.good_updates.fill_(state["good_updates"])
+        self.skipped.fill_(state["skipped"])
+
+
+def build_loss_scaler(precision: str, device: torch.device) -> LossScaler | None:
+    """None where the precision needs none."""
+    return LossScaler(device) if precision == "fp16" else None

@@ -192,6 +192,8 @@ class Reporter:
         progress = [f"epoch {line['epoch']:.2f}"]
         progress += [f"{kind} loss {line[f'loss_{kind}']:.4f}" for kind in kinds]
         progress += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}"]
+        if "grad_scale" in line:
+            progress += [f"scale {line['grad_scale']:g}, {line['updates_skipped']:,} skipped"]
         progress += [f"{kind} {line[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
         progress += [f"data wait {line['data_wait']:.0%}"]
         counts = []

@@ -18,6 +18,7 @@ from open_flamingo.train.arguments import DATA_FLAGS, MODEL_FLAGS
 from open_flamingo.train.data.loader import LoaderState
 from open_flamingo.train.distributed import World, gather_objects, on_main
 from open_flamingo.train.optimizer import parameter_names
+from open_flamingo.train.precision import LossScaler
 from open_flamingo.train.step import Source
 from open_flamingo.weights import ROWS, trained_state_dict
 
@@ -69,6 +70,7 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     sources: list[Source],
+    scaler: LossScaler | None = None,
 ) -> dict[str, Any] | None:
     """Everything that the run needs to go on after update `step`. Every rank takes part; rank 0 gets it, others None."""
     cursors = gather_objects({source.kind: source.last.cursors for source in sources if source.last is not None})
@@ -86,6 +88,7 @@ def snapshot(
         "optimizer_state_dict": optimizer.state_dict(),
         "optimizer_parameter_names": parameter_names(model, optimizer),
         "lr_scheduler_state_dict": {"last_epoch": step, "_last_lr": scheduler.get_last_lr()},
+        "loss_scaler_state_dict": None if scaler is None else scaler.state_dict(),
         "step": step,
         "updates_per_epoch": plan.updates_per_epoch,
         "samples_per_update": plan.samples_per_update,
@@ -193,8 +196,14 @@ def _rescaled_step(checkpoint: dict[str, Any], plan: Plan) -> int:
     return epochs * plan.updates_per_epoch + min(within, plan.updates_per_epoch - 1)
 
 
-def restore(start: Start, world: World, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the state of `start` into the model, the optimiser and the random generators.
+def restore(
+    start: Start,
+    world: World,
+    model: Flamingo,
+    optimizer: torch.optim.Optimizer,
+    scaler: LossScaler | None = None,
+) -> None:
+    """Puts the state of `start` into the model, the optimiser, the loss scaler and the random generators.
 
     Raises ValueError, naming the parameter, where the checkpoint is of another model.
     """
@@ -215,6 +224,8 @@ def restore(start: Start, world: World, model: Flamingo, optimizer: torch.optim.
             changed = sorted(set(saved_names) ^ set(names)) or names
             raise ValueError(f"{start.path}: its optimiser trains other parameters, the first {changed[0]}")
         _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
+        if scaler is not None and checkpoint.get("loss_scaler_state_dict") is not None:
+            scaler.load_state_dict(checkpoint["loss_scaler_state_dict"])
         if len(checkpoint["random_states"]) == world.world_size:
             checkpoints.restore_random_state(checkpoint["random_states"][world.rank])
     elif "optimizer_state_dict" in checkpoint:

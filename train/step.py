@@ -11,7 +11,7 @@ from torch import nn
 
 from open_flamingo.train.data.loader import Batch, Loader
 from open_flamingo.train.parallel import gradient_sync
-from open_flamingo.train.precision import autocast
+from open_flamingo.train.precision import LossScaler, autocast
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -96,14 +96,19 @@ def train_update(
     sources: list[Source],
     accumulation: int,
     precision: str,
+    scaler: LossScaler | None = None,
 ) -> torch.Tensor:
     """Trains on `accumulation` batches of each source; one synchronisation, one clipping, one step of the optimiser.
 
     Each backward pass follows its forward, so only one batch's activations are held at a time. Nothing here waits for
     the device.
 
+    Args:
+        scaler: for --precision fp16. An update whose gradients overflow changes no weight, but counts as done: its
+            samples are behind it, and the schedule has moved on.
+
     Returns:
-        the global gradient norm before clipping, float32 [], on the device
+        the global gradient norm before clipping, float32 [], on the device; not finite where the update was skipped
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for micro in range(accumulation):
@@ -112,11 +117,16 @@ def train_update(
             batch = source.next_batch()
             with gradient_sync(model, synchronise=last):
                 loss = loss_of(model, batch, source, precision)
-                (loss * (source.weight / accumulation)).backward()
+                weighted = loss * (source.weight / accumulation)
+                (weighted if scaler is None else weighted * scaler.scale).backward()
             source.loss += loss.detach()
             source.forwards += 1
-    gradient_norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-    optimizer.step()
+    gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if scaler is None:
+        nn.utils.clip_grads_with_norm_(parameters, MAX_GRADIENT_NORM, gradient_norm)
+        optimizer.step()
+    else:
+        gradient_norm = scaler.step(optimizer, gradient_norm, MAX_GRADIENT_NORM)
     scheduler.step()
     # Zeroed, not freed: under DDP the gradients are views of its buckets, and fresh ones would be held beside those.
     optimizer.zero_grad(set_to_none=False)

@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     from open_flamingo.train.data.loader import build_loader
     from open_flamingo.train.optimizer import build_optimizer, build_scheduler
     from open_flamingo.train.parallel import parallelise, rehearse
-    from open_flamingo.train.precision import hold_frozen_weights
+    from open_flamingo.train.precision import build_loss_scaler, hold_weights
     from open_flamingo.train.report import Reporter, describe, measure
     from open_flamingo.train.resume import Plan, find_start, restore, snapshot
     from open_flamingo.train.step import Source, train_update
@@ -113,12 +113,13 @@ def train(args: argparse.Namespace, world: World) -> None:
             gradient_checkpointing=args.gradient_checkpointing,
             train_output_rows=args.train_output_rows,
         )
-    hold_frozen_weights(model, args.precision)
+    hold_weights(model, args.precision)
     model.to(world.device)
     model.train()
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay)
+    scaler = build_loss_scaler(args.precision, world.device)
     with refusing("cannot resume"):
-        restore(start, world, model, optimizer)
+        restore(start, world, model, optimizer, scaler)
     scheduler = build_scheduler(optimizer, args.lr_scheduler, args.warmup_steps, plan.total_updates, start.step)
 
     # ---------------------------------------------------------------- data
@@ -151,17 +152,21 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     # ---------------------------------------------------------------- loop
     parallel_model = parallelise(model, world)
-    rehearse(parallel_model, image_processor(Image.new("RGB", (64, 64))), model.media_token_id, model.eoc_token_id)
+    image = image_processor(Image.new("RGB", (64, 64)))
+    rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id, args.precision)
     began = span_began = time.perf_counter()
     for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
         gradient_norm = train_update(
-            parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, args.precision
+            parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, args.precision, scaler
         )
         reporter.advance()
 
         if step % args.logging_steps == 0 or step == plan.total_updates:
             now = time.perf_counter()
             values = measure(world, sources, gradient_norm, float(scheduler.get_last_lr()[0]), now - span_began)
+            if scaler is not None:
+                scaling = scaler.state_dict()
+                values |= {"grad_scale": scaling["scale"], "updates_skipped": scaling["skipped"]}
             values["seconds_left"] = (now - began) / (step - start.step) * (plan.total_updates - step)
             reporter.log(step, values)
             span_began = now
@@ -174,7 +179,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         else:
             continue
         lanes = next(iter(options.values())).lanes
-        state = snapshot(args, world, plan, lanes, step, model, optimizer, scheduler, sources)
+        state = snapshot(args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler)
         if state is not None:  # rank 0
             checkpoint.save(state, path)
             checkpoint.prune(folder, path, only_newest=args.delete_previous_checkpoint)
