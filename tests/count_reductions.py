@@ -9,7 +9,7 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
-from open_flamingo.train.distributed import distributed
+from open_flamingo.train.distributed import distributed, find_place
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
 from open_flamingo.train.parallel import parallelise, rehearse
 from open_flamingo.train.step import Source, train_update
@@ -18,7 +18,7 @@ from open_flamingo.train.train import data_options
 
 def main() -> None:
     args = parse_args(sys.argv[1:])
-    with distributed(args.dist_url, args.dist_backend) as world:
+    with distributed(find_place(), args.dist_url, args.dist_backend) as world:
         model, image_processor, tokenizer = create_model_and_transforms(
             args.vision_encoder_path, args.vision_encoder_pretrained, args.lm_path
         )

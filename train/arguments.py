@@ -237,11 +237,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     distributed = parser.add_argument_group("distributed")
-    distributed.add_argument("--dist-url", default="env://", help="where the ranks meet")
+    distributed.add_argument(
+        "--dist-url",
+        default="env://",
+        help="where the ranks meet, e.g. tcp://<host of rank 0>:<free port>. env://: at MASTER_ADDR and MASTER_PORT; where "
+        "these are not set, SLURM, Open MPI on one node and Horovod tell",
+    )
     distributed.add_argument(
         "--dist-backend", default="nccl", help="torch.distributed backend; gloo is taken where there is no GPU"
     )
-    distributed.add_argument("--horovod", action="store_true", help="started by horovodrun")
+    distributed.add_argument("--horovod", action="store_true", help="started by horovodrun: ask Horovod for the rank")
     distributed.add_argument("--no-set-device-rank", action="store_true", help="use device 0 in every process")
     distributed.add_argument("--fsdp", action="store_true", help="shard parameters over the ranks")
     distributed.add_argument("--fsdp_use_orig_params", action="store_true", help="always so; accepted and ignored")
@@ -302,7 +307,7 @@ def check(args: argparse.Namespace) -> None:
     if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_file():
         raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such file")
 
-    for flag in ("horovod", "fsdp"):
+    for flag in ("fsdp",):
         if getattr(args, flag):
             raise ValueError(f"--{flag} is not available in this version yet: run without it")
 

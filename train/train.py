@@ -38,17 +38,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from open_flamingo.train.data.samples import DataError
-    from open_flamingo.train.distributed import distributed
+    from open_flamingo.train.distributed import distributed, find_place
     from open_flamingo.train.report import setup_logging
 
+    setup_logging(rank=0)
     try:
         with ExitStack() as stack:
             with refusing("cannot start"):
-                world = stack.enter_context(distributed(args.dist_url, args.dist_backend, not args.no_set_device_rank))
-            setup_logging(world.rank)
+                place = find_place(args.horovod)
+                setup_logging(place.rank)
+                group = distributed(
+                    place, args.dist_url, args.dist_backend, not args.no_set_device_rank, group_of_one=args.fsdp
+                )
+                world = stack.enter_context(group)
             train(args, world)
     except (Refused, DataError) as error:
-        setup_logging(int(os.environ.get("RANK", 0)))
         log.error("%s", error)
         raise SystemExit(1) from error
 
