@@ -5,7 +5,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .flamingo import Flamingo
 from .language_model import input_embedding
@@ -35,6 +35,8 @@ def create_model_and_transforms(
     decoder_layers_attr_name: str | None = None,
     freeze_lm_embeddings: bool = False,
     cache_dir: str | None = None,
+    *,
+    meta: bool = False,
     **flamingo_kwargs: Any,
 ) -> tuple[Flamingo, Callable[..., Tensor], PreTrainedTokenizerBase]:
     """Load a vision encoder and a language model and join them.
@@ -51,6 +53,8 @@ def create_model_and_transforms(
         decoder_layers_attr_name: where the decoder layers are ("model.layers"); found by structure if None.
         freeze_lm_embeddings: do not train the rows of the new tokens.
         cache_dir: where downloads are kept.
+        meta: make all but the vision encoder on the meta device, without reading the language model's weights: for ranks
+            that get theirs from another.
         flamingo_kwargs: `gradient_checkpointing`, `train_output_rows`: see `Flamingo`.
 
     Returns:
@@ -64,20 +68,22 @@ def create_model_and_transforms(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir
     )
     tokenizer = load_tokenizer(tokenizer_path or lang_encoder_path, use_local_files, cache_dir)
-    lang_encoder = load_language_model(lang_encoder_path, len(tokenizer), use_local_files, cache_dir)
-    eoc, media = tokenizer.convert_tokens_to_ids([END_OF_CHUNK, IMAGE])
-    model = Flamingo(
-        vision_encoder,
-        lang_encoder,
-        eoc,
-        media,
-        vis_dim=patch_width(vision_encoder, image_size),
-        cross_attn_every_n_layers=cross_attn_every_n_layers,
-        decoder_layers_attr_name=decoder_layers_attr_name,
-        freeze_lm_embeddings=freeze_lm_embeddings,
-        pad_token_id=tokenizer.pad_token_id,
-        **flamingo_kwargs,
-    )
+    vis_dim = patch_width(vision_encoder, image_size)
+    with torch.device("meta") if meta else nullcontext():
+        lang_encoder = load_language_model(lang_encoder_path, len(tokenizer), use_local_files, cache_dir, meta)
+        eoc, media = tokenizer.convert_tokens_to_ids([END_OF_CHUNK, IMAGE])
+        model = Flamingo(
+            vision_encoder,
+            lang_encoder,
+            eoc,
+            media,
+            vis_dim,
+            cross_attn_every_n_layers=cross_attn_every_n_layers,
+            decoder_layers_attr_name=decoder_layers_attr_name,
+            freeze_lm_embeddings=freeze_lm_embeddings,
+            pad_token_id=tokenizer.pad_token_id,
+            **flamingo_kwargs,
+        )
     return model, image_processor, tokenizer
 
 
@@ -209,9 +215,9 @@ def load_tokenizer(path: str, use_local_files: bool = False, cache_dir: str | No
 
 
 def load_language_model(
-    path: str, vocabulary: int, use_local_files: bool = False, cache_dir: str | None = None
+    path: str, vocabulary: int, use_local_files: bool = False, cache_dir: str | None = None, meta: bool = False
 ) -> nn.Module:
-    """A causal language model in float32 whose matrices have at least `vocabulary` rows.
+    """A causal language model in float32 whose matrices have at least `vocabulary` rows; without weights if `meta`.
 
     New rows are drawn as the reference's version of transformers did, from N(0, initializer_range), not around the mean
     of the old ones as today's default: the gates start shut, so nothing depends on it before training, and it
@@ -219,13 +225,13 @@ def load_language_model(
     """
     # transformers 5 loads in the checkpoint's type unless told, and has renamed the argument.
     dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        local_files_only=use_local_files,
-        trust_remote_code=True,
-        cache_dir=cache_dir,
-        **{dtype: torch.float32},
-    )
+    where = {"local_files_only": use_local_files, "trust_remote_code": True, "cache_dir": cache_dir}
+    model: Any
+    if meta:
+        config = AutoConfig.from_pretrained(path, **where)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **{dtype: torch.float32})
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, **where, **{dtype: torch.float32})
     if vocabulary > len(input_embedding(model).weight):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return model.eval()

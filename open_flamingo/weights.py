@@ -6,11 +6,12 @@ an unfiltered state dict also lists the decoder layers and the gated blocks unde
 front.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .language_model import heads_are_tied, input_embedding, output_head
@@ -40,12 +41,37 @@ def head_name(model: "Flamingo") -> str | None:
     return f"{module_name(model, head)}.weight"
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, detached; gathered from all ranks if it is sharded over them, in which case every rank must call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def with_rows(module: Any) -> Tensor:
-    """A detached copy of `module.weight` with the rows of the new tokens written in."""
-    weight = module.weight.detach().clone()
+    """A copy of `module.weight` with the rows of the new tokens written in."""
+    weight = whole(module.weight).clone()
     if hasattr(module, "new_rows"):
-        weight[module.new_ids] = module.new_rows.detach().to(weight.dtype)
+        weight[module.new_ids] = whole(module.new_rows).to(weight.dtype)
     return weight
+
+
+def trained_tensors(model: "Flamingo") -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of what a checkpoint keeps, one at a time: see `trained_state_dict`.
+
+    A sharded model's tensors are gathered as they come, so every rank must go through all of them; a rank that keeps
+    none holds one whole tensor at a time.
+    """
+    embedding, head = embedding_name(model), head_name(model)
+    for name, parameter in model.named_parameters():
+        if name in (embedding, head) or name.endswith(ROWS):
+            continue
+        if parameter.requires_grad or (name.startswith(LANGUAGE_MODEL) and "embed" in name):
+            yield name, whole(parameter)
+    matrix = with_rows(input_embedding(model.lang_encoder))
+    yield embedding, matrix
+    if head is not None:
+        tied = heads_are_tied(model.lang_encoder)
+        yield head, matrix if tied else with_rows(output_head(model.lang_encoder))
 
 
 def trained_state_dict(model: "Flamingo") -> dict[str, Tensor]:
@@ -55,18 +81,7 @@ def trained_state_dict(model: "Flamingo") -> dict[str, Tensor]:
     a tied head), and, where the head is not tied, its matrix as well: the reference loses the new tokens' rows of
     it. The embedding matrix and the head are copies with the trained rows written in.
     """
-    kept = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if not name.endswith(ROWS)
-        and (parameter.requires_grad or (name.startswith(LANGUAGE_MODEL) and "embed" in name))
-    }
-    matrix = with_rows(input_embedding(model.lang_encoder))
-    kept[embedding_name(model)] = matrix
-    head = head_name(model)
-    if head is not None:
-        kept[head] = matrix if heads_are_tied(model.lang_encoder) else with_rows(output_head(model.lang_encoder))
-    return kept
+    return dict(trained_tensors(model))
 
 
 def reference_parameter_names(model: "Flamingo") -> dict[str, str]:

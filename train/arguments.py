@@ -248,9 +248,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     distributed.add_argument("--horovod", action="store_true", help="started by horovodrun: ask Horovod for the rank")
     distributed.add_argument("--no-set-device-rank", action="store_true", help="use device 0 in every process")
-    distributed.add_argument("--fsdp", action="store_true", help="shard parameters over the ranks")
+    distributed.add_argument("--fsdp", action="store_true", help="shard the model over the ranks (FSDP2)")
     distributed.add_argument("--fsdp_use_orig_params", action="store_true", help="always so; accepted and ignored")
-    distributed.add_argument("--fsdp_sharding_strategy", choices=["full", "hybrid"], default="full")
+    distributed.add_argument(
+        "--fsdp_sharding_strategy",
+        choices=["full", "hybrid"],
+        default="full",
+        help="full: over all ranks. hybrid: within a node, with a copy on every node, so that only gradients of shards "
+        "cross the network",
+    )
+    distributed.add_argument(
+        "--fsdp_shard_size",
+        type=positive_int,
+        help="with hybrid: ranks that share one copy of the model. Default: the ranks of a node",
+    )
+    distributed.add_argument(
+        "--fsdp_frozen",
+        choices=["shard", "replicate"],
+        default="shard",
+        help="replicate: keep the frozen weights whole on every rank. Costs their memory and saves gathering them in "
+        "every pass, forward and backward; pays where the frozen model fits beside the rest and links are slow",
+    )
 
     report = parser.add_argument_group("reporting")
     report.add_argument("--logging_steps", type=positive_int, default=100, help="a log line every N updates")
@@ -296,6 +314,8 @@ def check(args: argparse.Namespace) -> None:
     if args.save_checkpoints_to_wandb and not args.report_to_wandb:
         raise ValueError("--save_checkpoints_to_wandb needs --report_to_wandb")
 
+    if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
+        raise ValueError("--fsdp_shard_size needs --fsdp --fsdp_sharding_strategy hybrid")
     if not args.run_name.strip():
         raise ValueError("--run_name is empty: it names the output folder")
     folder = Path(args.run_name)
@@ -306,10 +326,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--run_name {args.run_name}: the folder {existing} cannot be written to")
     if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_file():
         raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such file")
-
-    for flag in ("fsdp",):
-        if getattr(args, flag):
-            raise ValueError(f"--{flag} is not available in this version yet: run without it")
 
 
 def check_epoch_lengths(samples_laion: int, batch_laion: int, samples_mmc4: int, batch_mmc4: int) -> None:

@@ -1,27 +1,144 @@
-"""The same model on every rank: gradients averaged once an update."""
+"""The model on many ranks, whole (DDP) or sharded (FSDP2): gradients averaged once an update."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from open_flamingo import Flamingo
+from open_flamingo.language_model import heads_are_tied, input_embedding
 from open_flamingo.train.distributed import World
 from open_flamingo.train.precision import autocast
 
+# torch 2.13 renamed the argument.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
-def parallelise(model: nn.Module, world: World) -> nn.Module:
-    """Wraps `model`, already on its device, for `world`. A single process needs no wrapper."""
-    if world.world_size == 1:
-        return model
-    # No device_ids: given them, DDP would move the labels to the GPU, where picking the positions that count waits for it.
-    return DistributedDataParallel(
-        model,
-        broadcast_buffers=False,  # the buffers are constants of frozen models
-        gradient_as_bucket_view=True,  # no second copy of the gradients
-    )
+
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP spreads the model.
+
+    Args:
+        shard_size: ranks that share one copy of the model. Fewer than all: `hybrid`, sharded within a group of so many
+            ranks and replicated between the groups.
+        shard_frozen: whether frozen parameters are sharded too, or whole on every rank.
+    """
+
+    shard_size: int
+    shard_frozen: bool = True
+
+
+def shard_size(strategy: str, given: int | None, world_size: int, ranks_of_node: int) -> int:
+    """The ranks that share one copy of the model: all (`full`), or those of a node (`hybrid`), or as `given`.
+
+    Raises ValueError, naming the flag, where they do not divide the ranks.
+    """
+    size = given or (world_size if strategy == "full" else ranks_of_node)
+    if world_size % size:
+        fitting = [number for number in range(1, world_size + 1) if world_size % number == 0]
+        raise ValueError(
+            f"--fsdp_shard_size: {size} ranks cannot share the model evenly among {world_size}: use one of {fitting}"
+        )
+    return size
+
+
+def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
+    """Puts `model` on the device, the same on every rank, and wraps it: DDP, or FSDP if there is a `sharding`.
+
+    Weights come from rank 0; on the other ranks the model may be on the meta device. They are sent, and sharded, unit
+    by unit, so that no rank ever holds more than one whole unit beside its shards.
+
+    A single process needs no wrapper, unless it is to be sharded.
+    """
+    if sharding is None:
+        place(model, model, world)
+        if world.world_size == 1:
+            return model
+        # No device_ids: given them, DDP would move the labels to the GPU, where picking the positions that count waits
+        # for it.
+        return DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+            init_sync=False,  # they are the same already
+            **{_SYNC_BUFFERS: False},  # they are constants of frozen models
+        )
+
+    groups = world.world_size // sharding.shard_size
+    if groups == 1:
+        mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
+    else:
+        shape = (groups, sharding.shard_size)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    # FSDP warns where a unit returns a view, since writing into it would lose its gradient. Nothing here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for unit in units(model):
+        place(unit, model, world)
+        kept_whole = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
+        if any(parameter not in kept_whole for parameter in unit.parameters()):
+            fully_shard(unit, mesh=mesh, ignored_params=kept_whole)
+    return model
+
+
+def units(model: Flamingo) -> Iterator[nn.Module]:
+    """The parts that FSDP gathers one at a time, inner ones first; the last is the model itself, for what is left.
+
+    A tied embedding stays with the last one: the head that shares it is needed at the end of forward.
+    """
+    yield from _repeated_blocks(model.vision_encoder)
+    yield model.perceiver
+    for layer in model.decoder_layers:
+        yield from layer.children()
+    if not heads_are_tied(model.lang_encoder):
+        yield input_embedding(model.lang_encoder)
+    yield model
+
+
+def _repeated_blocks(tower: nn.Module) -> Iterator[nn.Module]:
+    """The outermost runs of two or more layers of one class in a vision tower."""
+    for child in tower.children():
+        layers = list(child.children())
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(layers) > 1 and len({*map(type, layers)}) == 1:
+            yield from layers
+        else:
+            yield from _repeated_blocks(child)
+
+
+@torch.no_grad()
+def place(unit: nn.Module, model: nn.Module, world: World) -> None:
+    """Puts the parameters and buffers of `unit` on the device, as they are on rank 0, wherever `model` uses them.
+
+    What is sharded already stays as it is, and tied parameters stay tied.
+    """
+    placed: dict[int, Tensor] = {}
+    for tensor in [*unit.parameters(), *unit.buffers()]:
+        if isinstance(tensor, DTensor):
+            continue
+        value = tensor.detach().to(world.device) if world.is_main else torch.empty_like(tensor, device=world.device)
+        if world.world_size > 1:
+            dist.broadcast(value, src=0)
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        placed[id(tensor)] = value
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if id(tensor) in placed:
+                    owned[name] = placed[id(tensor)]
 
 
 def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id: int, precision: str = "fp32") -> None:
@@ -44,11 +161,53 @@ def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id:
     model.zero_grad(set_to_none=True)
 
 
-def gradient_sync(model: nn.Module, synchronise: bool) -> AbstractContextManager:
+@contextmanager
+def gradient_sync(model: nn.Module, synchronise: bool) -> Iterator[None]:
     """The context of one forward *and* backward pass: whether this backward averages the gradients over the ranks.
 
     DDP decides in forward, so the context must cover both.
     """
-    if synchronise or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(synchronise)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not synchronise:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles and runs a small function, as `compile_blocks` will have compiled large ones.
+
+    Raises ValueError, saying what is missing, where this machine cannot.
+    """
+    try:
+        # Without caches, else what was compiled before would hide that the compiler is gone.
+        torch.compile(torch.sin, options={"force_disable_caches": True})(torch.ones(2, device=device))
+    except Exception as error:  # a compiler's, a file system's, Triton's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"torch.compile does not work on this machine: {reason}. Install a C and C++ compiler (gcc and g++; another "
+            "one is named in CC and CXX), or run without --compile"
+        ) from error
+
+
+def compile_blocks(model: Flamingo) -> None:
+    """Has each decoder layer, gated block and resampler layer compiled when it is first called.
+
+    Each by itself, since they repeat: what is compiled for the first of a kind serves all of them, so compiling takes as
+    long for 48 layers as for one. Parameter names stay. Everything is compiled for any number of rows, tokens and images
+    from the start (dynamic shapes), but for those of which there is one, which are compiled for once more.
+
+    Call it after `parallelise` and `rehearse`: the rehearsal's one row would be compiled for, and never be seen again.
+    """
+    # By default, graphs compiled within DDP's forward are split where its buckets end. Blocks are smaller than that.
+    torch._dynamo.config.optimize_ddp = False
+    # Counted over all kinds of blocks together, and beyond it torch goes on without compiling. A model has some five
+    # kinds; one row, one image or one token make a few more of each.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    blocks = [block for layer in model.decoder_layers for block in layer.children()]
+    blocks += [block for pair in model.perceiver.layers for block in pair.children()]
+    for block in blocks:
+        block.compile(dynamic=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_flamingo import Flamingo
 from open_flamingo.train import checkpoint as checkpoints
@@ -20,7 +21,7 @@ from open_flamingo.train.distributed import World, gather_objects, on_main
 from open_flamingo.train.optimizer import parameter_names
 from open_flamingo.train.precision import LossScaler
 from open_flamingo.train.step import Source
-from open_flamingo.weights import ROWS, trained_state_dict
+from open_flamingo.weights import ROWS, trained_tensors, whole
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def snapshot(
     """Everything that the run needs to go on after update `step`. Every rank takes part; rank 0 gets it, others None."""
     cursors = gather_objects({source.kind: source.last.cursors for source in sources if source.last is not None})
     random_states = gather_objects(checkpoints.random_state())
+    weights = _gather_weights(model, keep=world.is_main)
+    optimizer_state = _gather_optimizer(optimizer, keep=world.is_main)
     if not world.is_main:
         return None
     data = {}
@@ -84,8 +87,8 @@ def snapshot(
         data[source.kind] = LoaderState(source.last.samples, lanes_read).to_json()
     return {
         "epoch": step // plan.updates_per_epoch - 1,
-        "model_state_dict": trained_state_dict(model),
-        "optimizer_state_dict": optimizer.state_dict(),
+        "model_state_dict": weights,
+        "optimizer_state_dict": optimizer_state,
         "optimizer_parameter_names": parameter_names(model, optimizer),
         "lr_scheduler_state_dict": {"last_epoch": step, "_last_lr": scheduler.get_last_lr()},
         "loss_scaler_state_dict": None if scaler is None else scaler.state_dict(),
@@ -196,14 +199,8 @@ def _rescaled_step(checkpoint: dict[str, Any], plan: Plan) -> int:
     return epochs * plan.updates_per_epoch + min(within, plan.updates_per_epoch - 1)
 
 
-def restore(
-    start: Start,
-    world: World,
-    model: Flamingo,
-    optimizer: torch.optim.Optimizer,
-    scaler: LossScaler | None = None,
-) -> None:
-    """Puts the state of `start` into the model, the optimiser, the loss scaler and the random generators.
+def restore_model(start: Start, model: Flamingo) -> None:
+    """Puts the weights of `start` into the model, before it is spread over the ranks; rank 0 alone needs to.
 
     Raises ValueError, naming the parameter, where the checkpoint is of another model.
     """
@@ -218,6 +215,21 @@ def restore(
             "--lm_path, --vision_encoder_path and --cross_attn_every_n_layers"
         )
 
+
+def restore_optimizer(
+    start: Start,
+    world: World,
+    model: Flamingo,
+    optimizer: torch.optim.Optimizer,
+    scaler: LossScaler | None = None,
+) -> None:
+    """Puts the state of `start` into the optimiser, the loss scaler and the random generators of this rank.
+
+    Raises ValueError, naming the parameter, where the checkpoint's optimiser trains other parameters.
+    """
+    checkpoint = start.checkpoint
+    if checkpoint is None:
+        return
     if "flags" in checkpoint:
         saved_names, names = checkpoint["optimizer_parameter_names"], parameter_names(model, optimizer)
         if saved_names != names:
@@ -234,19 +246,53 @@ def restore(
             log.warning("%s: its optimiser state does not fit this model; the optimiser starts anew", start.path)
         else:
             _load_optimizer(optimizer, state)
-    start.checkpoint = None  # the memory
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads copies of the moments; learning rate and weight decay stay those of the flags."""
+    """Loads copies of the moments, or of this rank's part of them; learning rate and weight decay stay those of the
+    flags."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        index: {key: torch.as_tensor(value).clone() for key, value in of.items()}
+        index: {key: _like(torch.as_tensor(value), parameters[index]) for key, value in of.items()}
         for index, of in state["state"].items()
     }
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
+
+
+def _like(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of a whole `moment`, sharded as its parameter is. (The number of steps, a scalar, never is.)"""
+    if not isinstance(parameter, DTensor) or moment.ndim == 0:
+        return moment.clone()
+    # Every rank has the file, and takes its own part of it: nothing is sent.
+    moment = moment.to(parameter.device)
+    return distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _gather_weights(model: Flamingo, keep: bool) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of the model, on the CPU; nothing where not to `keep` it. Every rank must call this."""
+    weights: dict[str, torch.Tensor] = {}
+    copies: dict[torch.Tensor, torch.Tensor] = {}  # so that a tied matrix is stored once
+    for name, tensor in trained_tensors(model):
+        if keep:
+            weights[name] = copies.setdefault(tensor, tensor.cpu())
+    return weights
+
+
+def _gather_optimizer(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    """The optimiser's state with whole moments, on the CPU; empty moments where not to `keep` it. Sharded moments are
+    gathered one at a time, so every rank must call this."""
+    state = optimizer.state_dict()
+    moments: dict[int, dict[str, Any]] = {}
+    for index, of in state["state"].items():
+        moments[index] = {}
+        for key, value in of.items():
+            gathered = whole(value)
+            if keep:
+                moments[index][key] = gathered.cpu()
+    return {"state": moments, "param_groups": state["param_groups"]}
 
 
 def _optimizer_state_of_reference(

@@ -12,6 +12,7 @@ from torch import nn
 from open_flamingo.train.data.loader import Batch, Loader
 from open_flamingo.train.parallel import gradient_sync
 from open_flamingo.train.precision import LossScaler, autocast
+from open_flamingo.weights import whole
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -121,7 +122,7 @@ def train_update(
                 (weighted if scaler is None else weighted * scaler.scale).backward()
             source.loss += loss.detach()
             source.forwards += 1
-    gradient_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradient_norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if scaler is None:
         nn.utils.clip_grads_with_norm_(parameters, MAX_GRADIENT_NORM, gradient_norm)
         optimizer.step()

@@ -28,6 +28,7 @@ from open_flamingo.train.arguments import parse_args
 if TYPE_CHECKING:
     from open_flamingo.train.data.loader import DataOptions
     from open_flamingo.train.distributed import World
+    from open_flamingo.train.parallel import Sharding
 
 log = logging.getLogger("open_flamingo.train")
 
@@ -79,21 +80,26 @@ def train(args: argparse.Namespace, world: World) -> None:
     from open_flamingo.train import checkpoint
     from open_flamingo.train.data.images import normalization
     from open_flamingo.train.data.loader import build_loader
+    from open_flamingo.train.distributed import together
     from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-    from open_flamingo.train.parallel import parallelise, rehearse
+    from open_flamingo.train.parallel import check_compiler, compile_blocks, parallelise, rehearse
     from open_flamingo.train.precision import build_loss_scaler, hold_weights
     from open_flamingo.train.report import Reporter, describe, measure
-    from open_flamingo.train.resume import Plan, find_start, restore, snapshot
+    from open_flamingo.train.resume import Plan, find_start, restore_model, restore_optimizer, snapshot
     from open_flamingo.train.step import Source, train_update
 
     folder = Path(args.run_name)
     transformers_logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- where to start, and how far to go
+    if args.compile:
+        with refusing("cannot compile"):
+            check_compiler(world.device)
     plan = Plan.from_flags(args, world.world_size)
     with refusing("cannot resume"):
         start = find_start(args, plan)
         options = data_options(args, world, start.lanes)
+        sharding = sharding_of(args, world)
     if start.step >= plan.total_updates:
         log.info(
             "nothing left to do: %s has finished its %d epochs (%d updates). Raise --num_epochs to train on",
@@ -105,7 +111,8 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(args.seed)
-    with refusing("cannot build the model"):
+    with refusing("cannot build the model"), together():
+        # Rank 0 reads the weights; the others get theirs from it.
         model, image_processor, tokenizer = create_model_and_transforms(
             args.vision_encoder_path,
             args.vision_encoder_pretrained,
@@ -116,14 +123,19 @@ def train(args: argparse.Namespace, world: World) -> None:
             freeze_lm_embeddings=args.freeze_lm_embeddings,
             gradient_checkpointing=args.gradient_checkpointing,
             train_output_rows=args.train_output_rows,
+            meta=not world.is_main,
         )
+    with refusing("cannot resume"), together():
+        if world.is_main:
+            restore_model(start, model)
     hold_weights(model, args.precision)
-    model.to(world.device)
-    model.train()
+    parallel_model = parallelise(model, world, sharding)
+    parallel_model.train()
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay)
     scaler = build_loss_scaler(args.precision, world.device)
     with refusing("cannot resume"):
-        restore(start, world, model, optimizer, scaler)
+        restore_optimizer(start, world, model, optimizer, scaler)
+    start.checkpoint = None  # the memory
     scheduler = build_scheduler(optimizer, args.lr_scheduler, args.warmup_steps, plan.total_updates, start.step)
 
     # ---------------------------------------------------------------- data
@@ -155,9 +167,10 @@ def train(args: argparse.Namespace, world: World) -> None:
     )
 
     # ---------------------------------------------------------------- loop
-    parallel_model = parallelise(model, world)
     image = image_processor(Image.new("RGB", (64, 64)))
     rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id, args.precision)
+    if args.compile:
+        compile_blocks(model)
     began = span_began = time.perf_counter()
     for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
         gradient_norm = train_update(
@@ -197,6 +210,19 @@ def train(args: argparse.Namespace, world: World) -> None:
     log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
     # Before the process group goes: a process that ends with a live DDP object may abort.
     del parallel_model
+
+
+def sharding_of(args: argparse.Namespace, world: World) -> Sharding | None:
+    """How FSDP spreads the model, None without --fsdp."""
+    from open_flamingo.train.distributed import ranks_of_node
+    from open_flamingo.train.parallel import Sharding, shard_size
+
+    if not args.fsdp:
+        return None
+    if args.fsdp_use_orig_params:
+        log.info("--fsdp_use_orig_params: always so")
+    size = shard_size(args.fsdp_sharding_strategy, args.fsdp_shard_size, world.world_size, ranks_of_node())
+    return Sharding(size, shard_frozen=args.fsdp_frozen == "shard")
 
 
 def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None) -> dict[str, DataOptions]:
