@@ -1,0 +1,46 @@
+"""The trained model, used as anyone uses it: build it, load the checkpoint, generate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from open_flamingo import create_model_and_transforms
+
+
+class Captioner:
+    """Pictures → captions.
+
+    Args:
+        backbones: folder that `__main__.py` fills.
+        checkpoint: a checkpoint of the training program.
+    """
+
+    def __init__(self, backbones: Path, checkpoint: Path) -> None:
+        self.model, self.image_processor, self.tokenizer = create_model_and_transforms(
+            str(backbones / "vision.json"),
+            str(backbones / "vision.pt"),
+            str(backbones / "language"),
+            use_local_files=True,
+        )
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model_state_dict"]
+        self.model.load_state_dict(state, strict=False)
+        self.model.eval()
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[np.ndarray], description: str, batch_size: int = 20) -> list[str]:
+        """One caption for each picture, uint8 `(height, width, 3)`, the likeliest word at a time."""
+        texts = []
+        for start in tqdm(range(0, len(pictures), batch_size), desc=description):
+            batch = [self.image_processor(Image.fromarray(p)) for p in pictures[start : start + batch_size]]
+            vision_x = torch.stack(batch)[:, None, None]  # (B, images, frames, C, H, W)
+            prompt = self.tokenizer(["<image>"] * len(batch), return_tensors="pt")
+            output = self.model.generate(
+                vision_x, prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=24, num_beams=1
+            )
+            new_tokens = output[:, prompt["input_ids"].shape[1] :]
+            texts += [text.strip() for text in self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+        return texts

@@ -1,0 +1,53 @@
+"""Interleaved documents of the small world: pictures, a caption sentence for each, and sentences about nothing one can see."""
+
+import random
+from dataclasses import dataclass
+
+from .world import Shape, caption, draw_scene
+
+FILLERS = (
+    "We left the house early and took the long way round.",
+    "Nobody had expected so many visitors.",
+    "It rained a little in the afternoon.",
+    "The next one hangs by the window.",
+    "My sister made tea for everyone.",
+    "There was a good deal of laughter.",
+    "He told the story of how he found it.",
+    "The guide walked on without a word.",
+    "After lunch we went back to look again.",
+    "That evening I wrote all of it down.",
+    "She had kept it in a drawer for years.",
+    "Some of us liked it better than others did.",
+)
+THRESHOLD = (
+    0.24  # of similarity; the published recipe's, and what CLIP gives a picture and a sentence that belong together
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with pictures, in no order: `similarity[i][s]` tells how well picture i and sentence s go together."""
+
+    sentences: list[str]
+    pictures: list[list[Shape]]
+    similarity: list[list[float]]
+
+
+def draw_document(rng: random.Random) -> Document:
+    """Two or three pictures with their captions among as many fillers; now and then a picture that no sentence is about."""
+    scenes = [draw_scene(rng) for _ in range(rng.randint(2, 3))]
+    sentences: list[tuple[int | None, str]] = []
+    for number, scene in enumerate(scenes):
+        sentences += [(None, rng.choice(FILLERS))] * (rng.random() < 0.7)
+        sentences.append((number, caption(scene) + "."))
+    sentences += [(None, rng.choice(FILLERS))] * (rng.random() < 0.5)
+
+    pictures = list(enumerate(scenes))
+    if rng.random() < 0.1:
+        pictures.append((-1, draw_scene(rng)))
+    rng.shuffle(pictures)  # MMC4's are in no order either
+    similarity = [
+        [round(rng.uniform(0.28, 0.36) if about == number else rng.uniform(0.05, 0.2), 4) for about, _ in sentences]
+        for number, _ in pictures
+    ]
+    return Document([text for _, text in sentences], [scene for _, scene in pictures], similarity)
