@@ -4,7 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests are many small processes: one thread each. Two pytest workers, as the machines that run them have two cores.
-TEST_FLAGS ?= -n 2
+# -rs: tests of launchers that are not installed are named; tests/launch/install.sh installs them.
+TEST_FLAGS ?= -n 2 -rs
 
 .PHONY: demo test lint format clean
 

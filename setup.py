@@ -13,7 +13,17 @@ def requirements(name: str) -> list[str]:
 
 
 TRAINING = requirements("requirements-training.txt")
-TEST = ["pytest>=8", "pytest-xdist", "setuptools>=64", "wheel", "ruff==0.14.5", "mypy==1.18.2"]
+# moto and awscli: a real S3 endpoint on this machine, and the command that reads from it.
+TEST = [
+    "pytest>=8",
+    "pytest-xdist",
+    "moto[server]",
+    "awscli",
+    "setuptools>=64",
+    "wheel",
+    "ruff==0.14.5",
+    "mypy==1.18.2",
+]
 
 setup(
     name="open_flamingo",

@@ -132,7 +132,7 @@ def meeting_point(place: Place, dist_url: str) -> str:
     That is `dist_url`, unless it is `env://` and MASTER_ADDR or MASTER_PORT is not set. The one that is missing is taken from
 
     - SLURM, for its steps and for an mpirun inside one of its jobs: the first host of the node list, and a port made from
-      the job's id, below those that Linux hands out itself;
+      the ids of job and step;
     - Open MPI on a single node: this node, and a port made from the id of this mpirun.
 
     Raises ValueError, saying what to export, where neither applies. Horovod's ranks agree by themselves.
@@ -147,7 +147,8 @@ def meeting_point(place: Place, dist_url: str) -> str:
         # The ranks of an mpirun have inherited SLURM's variables of its helpers' steps, which are not the same for all.
         step = {} if by_mpi else environment
         address = address or first_host(step.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
-        port = port or _port(f"{environment['SLURM_JOB_ID']}.{step.get('SLURM_STEP_ID', '')}")
+        within_job = step.get("SLURM_STEP_ID") or environment.get("PMIX_NAMESPACE")  # there may be several at once
+        port = port or _port(f"{environment['SLURM_JOB_ID']}.{within_job}")
     elif place.launcher == OPEN_MPI and place.local_world_size == place.world_size:
         address = address or "127.0.0.1"
         port = port or _port(environment.get("PMIX_NAMESPACE", ""))
@@ -187,6 +188,7 @@ def _meet_through_horovod(place: Place) -> dist.Store:
         host = "127.0.0.1" if one_node else os.environ.get("HOROVOD_HOSTNAME", socket.gethostname())
         store = dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False)
         address = (host, store.port)
+        log.info("Horovod: %d processes meet at %s:%d", place.world_size, host, store.port)
     host, port = hvd.broadcast_object(address, root_rank=0, name="meeting point")
     return store or dist.TCPStore(host, port, place.world_size, is_master=False)
 
@@ -203,6 +205,10 @@ def _device(place: Place, set_device: bool) -> torch.device:
             "processes a node"
         )
     return torch.device("cuda", index)
+
+
+def _in_words(url: str) -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if url == "env://" else url
 
 
 @contextmanager
@@ -234,7 +240,7 @@ def distributed(
         how = {"store": _meet_through_horovod(place)}
     else:
         how = {"init_method": meeting_point(place, dist_url)}
-        log.info("%s: %d processes meet at %s", place.launcher, place.world_size, _words(how["init_method"]))
+        log.info("%s: %d processes meet at %s", place.launcher, place.world_size, _in_words(how["init_method"]))
     dist.init_process_group(
         backend=backend if device.type == "cuda" else "gloo",
         rank=place.rank,
@@ -242,16 +248,13 @@ def distributed(
         device_id=device if device.type == "cuda" and backend == "nccl" else None,
         **how,
     )
+    if place.launcher == HOROVOD:
+        _horovod().shutdown()  # from here on torch.distributed does what its threads would wait for
     try:
         local_world_size = place.local_world_size or ranks_of_node()
         yield World(place.rank, place.world_size, place.local_rank, device, place.launcher, local_world_size)
     finally:
         dist.destroy_process_group()
-
-
-def _words(url: str) -> str:
-    """`env://` in words; another URL as it is."""
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if url == "env://" else url
 
 
 def gather_objects(value: Any) -> list[Any]:
