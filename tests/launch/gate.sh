@@ -3,6 +3,10 @@
 folder=$(dirname "$1")
 echo >>"$folder/opened"
 if [ "$(wc -l <"$folder/opened")" -gt "$2" ]; then
-    while [ -d "$folder" ] && [ ! -e "$folder/go" ]; do sleep 0.05; done
+    for _ in $(seq 12000); do # ten minutes: should the test be killed, a run that it left behind ends too
+        [ -e "$folder/go" ] && break
+        sleep 0.05
+    done
+    [ -e "$folder/go" ] || exit 1
 fi
 cat "$1"

@@ -42,3 +42,4 @@ if "$folder/venv/bin/horovodrun" -np 2 --gloo "$python" train/train.py "${flags[
     echo "was not refused" >&2
     exit 1
 fi
+echo "refused, as it should be"
