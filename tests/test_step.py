@@ -16,7 +16,7 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.distributed import World
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-from open_flamingo.train.precision import hold_weights
+from open_flamingo.train.precision import build_loss_scaler, hold_weights
 from open_flamingo.train.step import Source, loss_of, train_update
 from open_flamingo.train.train import data_options
 
@@ -73,11 +73,13 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "fp16", "bf16"])
 def test_an_update_does_not_wait_for_the_device(parts: SimpleNamespace, precision: str) -> None:
     sources = parts.sources()
+    hold_weights(parts.model, precision)
+    scaler = build_loss_scaler(precision, torch.device("cpu"))
     with NoWaiting():
-        norm = train_update(parts.model, parts.optimizer, parts.scheduler, sources, 2, precision)
+        norm = train_update(parts.model, parts.optimizer, parts.scheduler, sources, 2, precision, scaler)
         with pytest.raises(AssertionError):
             norm.item()
 

@@ -1,0 +1,99 @@
+"""Under torchrun: two updates in each of `RUNS`. Each rank prints a digest of its weights and the sum of the losses, as a
+line of json. In fp16, rank 1's first loss overflows."""
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from open_flamingo import create_model_and_transforms
+from open_flamingo.train.arguments import parse_args
+from open_flamingo.train.data.images import normalization
+from open_flamingo.train.data.loader import build_loader
+from open_flamingo.train.distributed import World, distributed, find_place, sum_over_ranks
+from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+from open_flamingo.train.parallel import Sharding, compile_blocks, parallelise, rehearse
+from open_flamingo.train.precision import build_loss_scaler, hold_weights
+from open_flamingo.train.step import Source, train_update
+from open_flamingo.train.train import data_options
+from open_flamingo.weights import whole
+
+# (precision, sharded by FSDP or not, compiled or not)
+RUNS = (
+    ("fp32", False, False),
+    ("fp32", False, True),
+    ("fp32", True, True),
+    ("amp_bf16", False, False),
+    ("bf16", False, False),
+    ("bf16", True, False),
+    ("fp16", False, False),
+    ("fp16", True, False),
+)
+
+
+def main() -> None:
+    args = parse_args(sys.argv[1:])
+    with distributed(find_place(), args.dist_url, args.dist_backend) as world:
+        for run in RUNS:
+            train(args, world, *run)
+
+
+def compile_quickly(module: nn.Module, **options: Any) -> None:
+    """Dynamo does its part as with any backend; this one leaves the minutes of a C++ compiler out."""
+    compile_module(module, backend="eager", **options)
+
+
+compile_module = nn.Module.compile
+nn.Module.compile = compile_quickly
+
+
+def train(args, world: World, precision: str, fsdp: bool, compiled: bool) -> None:
+    torch.manual_seed(0)
+    model, image_processor, tokenizer = create_model_and_transforms(
+        args.vision_encoder_path,
+        args.vision_encoder_pretrained,
+        args.lm_path,
+        gradient_checkpointing=compiled,
+    )
+    hold_weights(model, precision)
+    parallel_model = parallelise(model, world, Sharding(world.world_size) if fsdp else None)
+    optimizer = build_optimizer(model, 1e-3, 0.1)
+    scheduler = build_scheduler(optimizer, "constant", 0, 1)
+    scaler = build_loss_scaler(precision, world.device)
+    sources = [
+        Source(
+            name, 1.0, build_loader(option, tokenizer, image_processor), normalization(image_processor), world.device
+        )
+        for name, option in data_options(args, world, None).items()
+    ]
+    image = image_processor(Image.new("RGB", (64, 64)))
+    rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id, precision)
+    if compiled:
+        compile_blocks(model)
+
+    before = digest(model)
+    for update in range(2):
+        overflows = update == 0 and precision == "fp16"
+        sources[0].weight = float("inf") if overflows and world.rank == 1 else 1.0
+        norm = train_update(parallel_model, optimizer, scheduler, sources, 1, precision, scaler)
+        assert (digest(model) == before) == overflows, (precision, update, norm)
+        before = digest(model)
+    loss = sum_over_ranks(sources[0].loss.double()).item()
+    line = {"run": [precision, fsdp, compiled], "rank": world.rank, "weights": before, "loss": loss}
+    if scaler is not None:
+        line["scaling"] = scaler.state_dict()
+    sys.stdout.write(f"{json.dumps(line)}\n")  # in one piece, as the other rank writes too
+    sys.stdout.flush()
+
+
+def digest(model: nn.Module) -> str:
+    weights = [whole(p.detach()).float().numpy().tobytes() for p in model.parameters() if p.requires_grad]
+    return hashlib.sha256(b"".join(weights)).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
