@@ -55,6 +55,12 @@ def with_rows(module: Any) -> Tensor:
     return weight
 
 
+def is_kept(model: "Flamingo", name: str, parameter: nn.Parameter) -> bool:
+    """Whether a checkpoint holds this parameter: see `trained_state_dict`."""
+    frozen_but_kept = name.startswith(LANGUAGE_MODEL) and "embed" in name
+    return parameter.requires_grad or frozen_but_kept or name in (embedding_name(model), head_name(model))
+
+
 def trained_tensors(model: "Flamingo") -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of what a checkpoint keeps, one at a time: see `trained_state_dict`.
 
@@ -63,9 +69,7 @@ def trained_tensors(model: "Flamingo") -> Iterator[tuple[str, Tensor]]:
     """
     embedding, head = embedding_name(model), head_name(model)
     for name, parameter in model.named_parameters():
-        if name in (embedding, head) or name.endswith(ROWS):
-            continue
-        if parameter.requires_grad or (name.startswith(LANGUAGE_MODEL) and "embed" in name):
+        if name not in (embedding, head) and not name.endswith(ROWS) and is_kept(model, name, parameter):
             yield name, whole(parameter)
     matrix = with_rows(input_embedding(model.lang_encoder))
     yield embedding, matrix

@@ -7,11 +7,15 @@ Rank 0 writes {world_size}.pt: for each way, its losses, final weights, and for 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import nn
@@ -75,8 +79,8 @@ def batches(kind: str, accumulation: int, world: World) -> Any:
 
 def build(family: str, tied: bool, world: World, checkpointing: bool) -> Flamingo:
     """The model on rank 0; what its structure is on the others, without weights."""
-    model = flamingo(language_model(family, tied), tower=BlockTower, gradient_checkpointing=checkpointing)
-    return model if world.is_main else model.to("meta")
+    with nullcontext() if world.is_main else torch.device("meta"):
+        return flamingo(language_model(family, tied), tower=BlockTower, gradient_checkpointing=checkpointing)
 
 
 def held(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -111,7 +115,9 @@ def run(model: Flamingo, world: World, sharding: Sharding | None, accumulation: 
         for source in sources:
             source.reset()
     result = {"losses": losses, "weights": trained_state_dict(model), "held": gather_objects(held(model, optimizer))}
+    # A process that ends with a live DDP object may abort, and DDP is part of a cycle.
     del parallel_model
+    gc.collect()
     return result
 
 
@@ -127,7 +133,7 @@ def ways(world_size: int) -> dict[str, Sharding | None]:
 
 def main() -> None:
     with distributed(find_place(), "env://", "gloo") as world:
-        results = {}
+        results: dict[Any, Any] = {}
         for (way, sharding), checkpointing, accumulation in itertools.product(
             ways(world.world_size).items(), (False, True), (1, 2)
         ):

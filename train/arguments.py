@@ -214,6 +214,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep only the newest checkpoint; the one before is deleted once the new one is safe on disk",
     )
 
+    run.add_argument(
+        "--checkpoint_format",
+        choices=["file", "sharded"],
+        default="file",
+        help="file: one file, written by rank 0, as the reference. sharded: a folder that every rank writes its part of "
+        "while training goes on; `python -m open_flamingo.train.sharded` makes one file of it",
+    )
+
     precision = parser.add_argument_group("precision and memory")
     precision.add_argument(
         "--precision",
@@ -248,7 +256,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     distributed.add_argument("--horovod", action="store_true", help="started by horovodrun: ask Horovod for the rank")
     distributed.add_argument("--no-set-device-rank", action="store_true", help="use device 0 in every process")
-    distributed.add_argument("--fsdp", action="store_true", help="shard the model over the ranks (FSDP2)")
+    distributed.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="shard the model over the ranks (FSDP2). Gradients are whole on every rank until the update",
+    )
     distributed.add_argument("--fsdp_use_orig_params", action="store_true", help="always so; accepted and ignored")
     distributed.add_argument(
         "--fsdp_sharding_strategy",
@@ -313,6 +325,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.save_checkpoints_to_wandb and not args.report_to_wandb:
         raise ValueError("--save_checkpoints_to_wandb needs --report_to_wandb")
+    if args.save_checkpoints_to_wandb and args.checkpoint_format == "sharded":
+        raise ValueError("--save_checkpoints_to_wandb uploads files: it needs --checkpoint_format file")
 
     if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
         raise ValueError("--fsdp_shard_size needs --fsdp --fsdp_sharding_strategy hybrid")

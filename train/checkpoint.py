@@ -3,6 +3,8 @@
     {run_name}/checkpoint_{epoch}.pt              at each epoch's end (epochs count from 0), as the reference
     {run_name}/epoch_{epoch}_step_{update}.pt     every --save_steps updates within an epoch, the newest two
 
+With --checkpoint_format sharded, folders of the same names without `.pt`: see sharded.py.
+
 A checkpoint is a dict. The reference's keys: `epoch` (the last finished one, -1 if none), `model_state_dict` (trained
 parameters under the reference's names), `optimizer_state_dict`, `lr_scheduler_state_dict`. Ours: `step` (updates done),
 `data` (a loader state for each dataset), `loss_scaler_state_dict` (fp16), `random_states` (one a rank),
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -24,17 +27,19 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_EPOCH_END = re.compile(r"checkpoint_(\d+)\.pt")
-_WITHIN_EPOCH = re.compile(r"epoch_(\d+)_step_(\d+)\.pt")
+_EPOCH_END = re.compile(r"checkpoint_(\d+)(\.pt)?")
+_WITHIN_EPOCH = re.compile(r"epoch_(\d+)_step_(\d+)(\.pt)?")
 KEEP_WITHIN_EPOCH = 2
+SHARDED_STATE = "state.pt"
+"""Of a sharded checkpoint's folder, the file that holds all but the tensors."""
 
 
-def epoch_end_path(folder: Path, epoch: int) -> Path:
-    return folder / f"checkpoint_{epoch}.pt"
+def epoch_end_path(folder: Path, epoch: int, sharded: bool = False) -> Path:
+    return folder / f"checkpoint_{epoch}{'' if sharded else '.pt'}"
 
 
-def within_epoch_path(folder: Path, epoch: int, step: int) -> Path:
-    return folder / f"epoch_{epoch}_step_{step}.pt"
+def within_epoch_path(folder: Path, epoch: int, step: int, sharded: bool = False) -> Path:
+    return folder / f"epoch_{epoch}_step_{step}{'' if sharded else '.pt'}"
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
@@ -69,13 +74,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`. Bare weights become `{"model_state_dict": weights}`.
+    """The checkpoint at `path`. Bare weights become `{"model_state_dict": weights}`; a sharded one comes without its
+    tensors.
 
     Its tensors lie in the file until they are read, so that not every rank of a machine holds them in memory: copy
     what is to stay.
 
     Raises ValueError, naming the file, if it cannot be read; nothing in it is executed.
     """
+    if path.is_dir():
+        return load(path / SHARDED_STATE)
     try:
         # Files of before torch 1.6 are not zip archives, and can only be read whole.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -84,7 +92,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
-    if "model_state_dict" not in checkpoint:
+    if "model_state_dict" not in checkpoint and path.name != SHARDED_STATE:
         if not checkpoint or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
             raise ValueError(f"{path} is not a checkpoint: it has neither model_state_dict nor bare weights")
         checkpoint = {"model_state_dict": checkpoint}
@@ -94,7 +102,7 @@ def load(path: Path) -> dict[str, Any]:
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, the furthest trained first."""
     found: list[tuple[tuple[int, int], Path]] = []
-    for path in folder.glob("*.pt"):
+    for path in folder.glob("*"):
         if match := _EPOCH_END.fullmatch(path.name):
             found.append(((int(match[1]) + 1, 0), path))
         elif match := _WITHIN_EPOCH.fullmatch(path.name):
@@ -118,8 +126,15 @@ def prune(folder: Path, newest: Path, only_newest: bool) -> None:
     older = [path for path in newest_first(folder) if path != newest]
     within = [path for path in newest_first(folder) if _WITHIN_EPOCH.fullmatch(path.name)]
     for path in older if only_newest else within[KEEP_WITHIN_EPOCH:]:
-        path.unlink(missing_ok=True)
-    for path in folder.glob(".*.pt.*"):
+        _delete(path)
+    for path in [*folder.glob(".*.pt.*"), *folder.glob(".*.saving")]:
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         path.unlink(missing_ok=True)
 
 

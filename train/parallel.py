@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,7 +136,8 @@ def place(unit: nn.Module, model: nn.Module, world: World) -> None:
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         placed[id(tensor)] = value
     for module in model.modules():
-        for owned in (module._parameters, module._buffers):
+        owned: dict[str, Any]
+        for owned in (module._parameters, module._buffers):  # type: ignore[assignment]
             for name, tensor in owned.items():
                 if id(tensor) in placed:
                     owned[name] = placed[id(tensor)]

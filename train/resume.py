@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_flamingo import Flamingo
 from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train import sharded
 from open_flamingo.train.arguments import DATA_FLAGS, MODEL_FLAGS
 from open_flamingo.train.data.loader import LoaderState
 from open_flamingo.train.distributed import World, gather_objects, on_main
@@ -60,6 +61,10 @@ class Start:
     checkpoint: dict[str, Any] | None = None
     path: Path | None = None
 
+    @property
+    def is_sharded(self) -> bool:
+        return self.path is not None and self.path.is_dir()
+
 
 def snapshot(
     args: argparse.Namespace,
@@ -72,12 +77,18 @@ def snapshot(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     sources: list[Source],
     scaler: LossScaler | None = None,
+    with_tensors: bool = True,
 ) -> dict[str, Any] | None:
-    """Everything that the run needs to go on after update `step`. Every rank takes part; rank 0 gets it, others None."""
+    """Everything that the run needs to go on after update `step`, or all but its weights and moments. Every rank takes
+    part; rank 0 gets it, others None."""
     cursors = gather_objects({source.kind: source.last.cursors for source in sources if source.last is not None})
     random_states = gather_objects(checkpoints.random_state())
-    weights = _gather_weights(model, keep=world.is_main)
-    optimizer_state = _gather_optimizer(optimizer, keep=world.is_main)
+    tensors = {}
+    if with_tensors:
+        tensors = {
+            "model_state_dict": _gather_weights(model, keep=world.is_main),
+            "optimizer_state_dict": _gather_optimizer(optimizer, keep=world.is_main),
+        }
     if not world.is_main:
         return None
     data = {}
@@ -87,8 +98,7 @@ def snapshot(
         data[source.kind] = LoaderState(source.last.samples, lanes_read).to_json()
     return {
         "epoch": step // plan.updates_per_epoch - 1,
-        "model_state_dict": weights,
-        "optimizer_state_dict": optimizer_state,
+        **tensors,
         "optimizer_parameter_names": parameter_names(model, optimizer),
         "lr_scheduler_state_dict": {"last_epoch": step, "_last_lr": scheduler.get_last_lr()},
         "loss_scaler_state_dict": None if scaler is None else scaler.state_dict(),
@@ -205,7 +215,7 @@ def restore_model(start: Start, model: Flamingo) -> None:
     Raises ValueError, naming the parameter, where the checkpoint is of another model.
     """
     checkpoint = start.checkpoint
-    if checkpoint is None:
+    if checkpoint is None or start.is_sharded:
         return
     incompatible = model.load_state_dict(checkpoint["model_state_dict"], strict=False)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -223,7 +233,8 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     scaler: LossScaler | None = None,
 ) -> None:
-    """Puts the state of `start` into the optimiser, the loss scaler and the random generators of this rank.
+    """Puts the state of `start` into the optimiser, the loss scaler and the random generators of this rank; and, of a
+    sharded checkpoint, the weights.
 
     Raises ValueError, naming the parameter, where the checkpoint's optimiser trains other parameters.
     """
@@ -235,7 +246,11 @@ def restore_optimizer(
         if saved_names != names:
             changed = sorted(set(saved_names) ^ set(names)) or names
             raise ValueError(f"{start.path}: its optimiser trains other parameters, the first {changed[0]}")
-        _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
+        if start.is_sharded:
+            assert start.path is not None
+            sharded.load(start.path, model, optimizer)
+        else:
+            _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
         if scaler is not None and checkpoint.get("loss_scaler_state_dict") is not None:
             scaler.load_state_dict(checkpoint["loss_scaler_state_dict"])
         if len(checkpoint["random_states"]) == world.world_size:

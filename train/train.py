@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # run as a file: use this checkout, installed or 
     open_flamingo.__path__.append(sys.path[0])
 
 import argparse
+import gc
 import logging
 import os
 import time
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 place = find_place(args.horovod)
                 setup_logging(place.rank)
                 group = distributed(
-                    place, args.dist_url, args.dist_backend, not args.no_set_device_rank, group_of_one=args.fsdp
+                    place,
+                    args.dist_url,
+                    args.dist_backend,
+                    not args.no_set_device_rank,
+                    group_of_one=args.fsdp or args.checkpoint_format == "sharded",
                 )
                 world = stack.enter_context(group)
             train(args, world)
@@ -86,6 +91,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     from open_flamingo.train.precision import build_loss_scaler, hold_weights
     from open_flamingo.train.report import Reporter, describe, measure
     from open_flamingo.train.resume import Plan, find_start, restore_model, restore_optimizer, snapshot
+    from open_flamingo.train.sharded import ShardedSaver
     from open_flamingo.train.step import Source, train_update
 
     folder = Path(args.run_name)
@@ -171,6 +177,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id, args.precision)
     if args.compile:
         compile_blocks(model)
+    saver = ShardedSaver(args.delete_previous_checkpoint) if args.checkpoint_format == "sharded" else None
     began = span_began = time.perf_counter()
     for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
         gradient_norm = train_update(
@@ -190,38 +197,44 @@ def train(args: argparse.Namespace, world: World) -> None:
 
         epoch, within_epoch = divmod(step, plan.updates_per_epoch)
         if within_epoch == 0:
-            path = checkpoint.epoch_end_path(folder, epoch - 1)
+            path = checkpoint.epoch_end_path(folder, epoch - 1, sharded=saver is not None)
         elif args.save_steps and step % args.save_steps == 0:
-            path = checkpoint.within_epoch_path(folder, epoch, step)
+            path = checkpoint.within_epoch_path(folder, epoch, step, sharded=saver is not None)
         else:
             continue
         lanes = next(iter(options.values())).lanes
-        state = snapshot(args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler)
-        if state is not None:  # rank 0
+        state = snapshot(
+            args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler, with_tensors=saver is None
+        )
+        if saver is not None:
+            saver.save(model, optimizer, state, path)
+        elif state is not None:  # rank 0
             checkpoint.save(state, path)
             checkpoint.prune(folder, path, only_newest=args.delete_previous_checkpoint)
             log.info("saved %s", path)
             if args.save_checkpoints_to_wandb:
                 reporter.upload(path)
 
+    if saver is not None:
+        saver.finish()
     reporter.close()
     for source in sources:
         source.loader.close()
     log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
-    # Before the process group goes: a process that ends with a live DDP object may abort.
+    # Before the process group goes: a process that ends with a live DDP object, which is part of a cycle, may abort.
     del parallel_model
+    gc.collect()
 
 
 def sharding_of(args: argparse.Namespace, world: World) -> Sharding | None:
     """How FSDP spreads the model, None without --fsdp."""
-    from open_flamingo.train.distributed import ranks_of_node
     from open_flamingo.train.parallel import Sharding, shard_size
 
     if not args.fsdp:
         return None
     if args.fsdp_use_orig_params:
         log.info("--fsdp_use_orig_params: always so")
-    size = shard_size(args.fsdp_sharding_strategy, args.fsdp_shard_size, world.world_size, ranks_of_node())
+    size = shard_size(args.fsdp_sharding_strategy, args.fsdp_shard_size, world.world_size, world.local_world_size)
     return Sharding(size, shard_frozen=args.fsdp_frozen == "shard")
 
 

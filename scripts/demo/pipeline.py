@@ -47,7 +47,7 @@ class Scale:
 
 FULL = Scale(
     vision_pictures=12_000,
-    vision_steps=2500,
+    vision_steps=1500,
     language_steps=600,
     pairs=6000,
     documents=2000,
@@ -169,7 +169,7 @@ def train(folder: Path, scale: Scale, shards: dict[str, str]) -> Path:
             *("--batch_size_mmc4", str(scale.batch_size_mmc4)),
             *("--train_num_samples_laion", str(batches * scale.batch_size_laion)),
             *("--train_num_samples_mmc4", str(batches * scale.batch_size_mmc4)),
-            *("--learning_rate", "1e-3"),
+            *("--learning_rate", "2e-3"),
             *("--lr_scheduler", "cosine"),
             *("--warmup_steps", str(min(50, scale.updates // 2))),
             *("--workers", "0"),

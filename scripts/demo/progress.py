@@ -40,6 +40,8 @@ class Bars:
         bar.set_postfix_str(step.note, refresh=False)
         bar.n = step.done
         bar.refresh()
+        if step.done == step.total:
+            bar.close()
 
     def close(self) -> None:
         for bar in self.bars.values():

@@ -1,0 +1,143 @@
+"""However the model is spread over processes, the same training comes out, and each rank holds what a formula says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from open_flamingo.train.parallel import shard_size
+from open_flamingo.train.sharded import to_file
+from open_flamingo.train.train import main
+from open_flamingo.weights import embedding_name
+from tests.families import FAMILIES, flamingo, language_model
+from tests.sharding_program import BlockTower
+from tests.test_train import metrics
+from tests.tiny import ROOT, assert_same, finished, torchrun
+
+# The ways differ in the order in which float32 numbers are added: a relative 1e-7 a sum. AdamW divides by the gradient's
+# own size, so that becomes some 1e-6 of an update; ten updates at rate 1e-3 moved weights by up to 1e-2.
+LOSS_BOUND = 2e-5
+WEIGHT_BOUND = 2e-5
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any]]:
+    """What tests/sharding_program.py wrote on 1, 2 and 4 processes."""
+    folder = tmp_path_factory.mktemp("sharding")
+    for processes in (1, 2, 4):
+        finished(torchrun(processes, ROOT / "tests" / "sharding_program.py", str(folder)))
+    return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 4)}
+
+
+def same_training(one: dict[str, Any], other: dict[str, Any], where: object) -> None:
+    torch.testing.assert_close(
+        torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=LOSS_BOUND, atol=0, msg=str(where)
+    )
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, other["weights"][name], rtol=0, atol=WEIGHT_BOUND, msg=f"{where}: {name}")
+
+
+def test_every_way_of_spreading_trains_the_same(results: dict[int, dict[Any, Any]]) -> None:
+    single = results[1]["single", False, 1]
+    assert single["losses"][-1] != single["losses"][0]
+    tried = 0
+    for processes, of in results.items():
+        for way, result in of.items():
+            if way[0] in FAMILIES:
+                continue
+            same_training(result, single, (processes, *way))
+            tried += 1
+    assert tried == (3 + 3 + 5) * 2 * 2  # ways x checkpointing x accumulation
+
+
+def test_every_family_of_language_models_trains_the_same_sharded(results: dict[int, dict[Any, Any]]) -> None:
+    for family in FAMILIES:
+        for tied in (True, False):
+            ddp, full = (results[2][family, tied, way] for way in ("ddp", "full"))
+            same_training(full, ddp, (family, tied))
+            before = flamingo(language_model(family, tied), tower=BlockTower)
+            embedding = before.lang_encoder.get_input_embeddings()
+            after = full["weights"][embedding_name(before)]
+            # The reference's never train under FSDP.
+            assert not torch.equal(after[embedding.new_ids], embedding.weight[embedding.new_ids])
+
+
+def test_each_rank_holds_its_share_in_bytes(results: dict[int, dict[Any, Any]]) -> None:
+    """A tensor of n rows over s ranks: ceil(n / s) rows each, as long as there are any."""
+    parameters = list(flamingo(language_model("llama", False), tower=BlockTower).parameters())
+
+    def expected(rank: int, shards: int, frozen_whole: bool) -> dict[str, int]:
+        held = {"parameters": 0, "gradients": 0, "moments": 0}
+        for parameter in parameters:
+            rows = math.ceil(len(parameter) / shards)
+            mine = max(0, min(rows, len(parameter) - rank % shards * rows))
+            share = 4 * mine * parameter[0].numel()
+            whole = frozen_whole and not parameter.requires_grad
+            held["parameters"] += 4 * parameter.numel() if whole else share
+            if parameter.requires_grad:
+                held["gradients"] += share
+                held["moments"] += 2 * share
+        return held
+
+    for processes, of in results.items():
+        shards = {"single": 1, "ddp": 1, "full": processes, "hybrid": 2}
+        for way, result in of.items():
+            if way[0] in FAMILIES:
+                continue
+            strategy, _, frozen = way[0].partition(", ")
+            for rank, held in enumerate(result["held"]):
+                assert held == expected(rank, shards[strategy], bool(frozen)), (processes, way, rank)
+
+
+def test_a_checkpoint_goes_on_under_any_strategy_and_world_size(flags: list[str], tmp_path: Path) -> None:
+    """DDP on 2 ranks, then FSDP on 2 in sharded checkpoints, hybrid on 4, one process; against one process alone."""
+    flags = [flag for flag in flags if not flag.startswith(("--mmc4_shards", "--lr_scheduler"))]
+    flags += ["--train_num_samples_laion=8"]
+    main([*flags, f"--run_name={tmp_path / 'one'}", "--num_epochs=4"])
+    run = f"--run_name={tmp_path / 'moved'}"
+
+    def train(processes: int, epochs: int, *more: str) -> None:
+        batch = f"--batch_size_laion={4 // processes}"
+        finished(torchrun(processes, ROOT / "train" / "train.py", *flags, run, batch, f"--num_epochs={epochs}", *more))
+
+    train(2, 1)
+    train(2, 2, "--fsdp", "--checkpoint_format=sharded")
+    train(4, 3, "--fsdp", "--fsdp_sharding_strategy=hybrid", "--fsdp_shard_size=2")
+    main([*flags, run, "--num_epochs=4"])
+    one, moved = metrics(tmp_path / "one"), metrics(tmp_path / "moved")
+    assert [line["step"] for line in moved] == list(range(1, 9))
+    for a, b in zip(one, moved):
+        # Ranks average the means of their rows, and a caption has more labels than another: not quite the mean of all.
+        assert b["loss_laion"] == pytest.approx(a["loss_laion"], rel=2e-3)
+        assert b["lr"] == a["lr"]
+    ends = (torch.load(tmp_path / name / "checkpoint_3.pt", weights_only=True) for name in ("one", "moved"))
+    first, second = ((end["data"], end["step"]) for end in ends)
+    assert first == second
+
+
+def test_a_sharded_checkpoint_becomes_the_file_that_would_have_been_written(flags: list[str], tmp_path: Path) -> None:
+    for checkpoint_format in ("file", "sharded"):
+        run = [f"--run_name={tmp_path / checkpoint_format}", f"--checkpoint_format={checkpoint_format}", "--fsdp"]
+        finished(torchrun(2, ROOT / "train" / "train.py", *flags, *run, "--save_steps=1"))
+    sharded = tmp_path / "sharded"
+    assert sorted(path.name for path in sharded.glob("*_*")) == sorted(
+        ["checkpoint_0", "checkpoint_1", "epoch_0_step_1", "epoch_1_step_3"]
+    )
+    to_file(sharded / "checkpoint_1", tmp_path / "made.pt")
+    made, written = (
+        torch.load(path, weights_only=True) for path in (tmp_path / "made.pt", tmp_path / "file" / "checkpoint_1.pt")
+    )
+    for checkpoint in (made, written):
+        del checkpoint["flags"]["checkpoint_format"]
+    assert_same(made, written)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    assert shard_size("full", None, 16, 8) == 16
+    assert shard_size("hybrid", None, 16, 8) == 8
+    with pytest.raises(ValueError, match=r"use one of \[1, 2, 3, 6\]"):
+        shard_size("hybrid", 4, 6, 3)

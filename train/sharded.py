@@ -1,0 +1,176 @@
+"""Checkpoints in many files: every rank writes its part, while the training goes on (torch.distributed.checkpoint).
+
+    {run_name}/checkpoint_{epoch}/
+        state.pt                    all but the tensors, as in a checkpoint of one file
+        .metadata, __0_0.distcp …   the tensors: trained weights, what else a checkpoint of one file holds, moments
+
+    python -m open_flamingo.train.sharded FOLDER FILE       makes one file of it, as --checkpoint_format file would have
+
+The folder is written beside its place and renamed once every rank has finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from open_flamingo import Flamingo
+from open_flamingo.language_model import heads_are_tied, input_embedding
+from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train.optimizer import parameter_names
+from open_flamingo.weights import ROWS, embedding_name, head_name, is_kept
+
+log = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def _weights(model: Flamingo, only_trained: bool) -> dict[str, Tensor]:
+    return {
+        f"model/{name}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or (not only_trained and is_kept(model, name, parameter))
+    }
+
+
+def _moments(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"optimizer/{name}/{key}": optimizer.state[parameter][key]
+        for name, parameter in zip(parameter_names(model, optimizer), parameters, strict=True)
+        for key in MOMENTS
+    }
+
+
+def layout(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What making one file needs to know beside the tensors."""
+    embedding = input_embedding(model.lang_encoder)
+    return {
+        "embedding": embedding_name(model),
+        "head": head_name(model),
+        "tied": heads_are_tied(model.lang_encoder),
+        "new_ids": embedding.new_ids.tolist(),  # type: ignore[operator]
+        "param_groups": optimizer.state_dict()["param_groups"],
+    }
+
+
+class ShardedSaver:
+    """Writes sharded checkpoints in the background, one at a time. Every rank makes one, and makes the same calls."""
+
+    def __init__(self, only_newest: bool) -> None:
+        # Of its own, since it is used beside the training's.
+        self._group = dist.new_group(backend="gloo")
+        self._only_newest = only_newest
+        self._written: Future[Any] | None = None
+        self._in_place = threading.Event()
+
+    def save(self, model: Flamingo, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:
+        """Starts to write; returns once the tensors are copied to host memory.
+
+        Args:
+            state: what is not a tensor, on rank 0; None on others.
+        """
+        self.finish()
+        beside = path.with_name(f".{path.name}.saving")
+        if state is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            checkpoints.save(state | {"layout": layout(model, optimizer)}, beside / checkpoints.SHARDED_STATE)
+        dist.barrier(group=self._group)
+        tensors = _weights(model, only_trained=False) | _moments(model, optimizer)
+        written = dcp.async_save(tensors, checkpoint_id=beside, process_group=self._group)
+        assert isinstance(written, Future)
+        self._written = written
+        self._in_place.clear()
+        if state is not None:
+            # Rank 0 coordinates: its part ends after every other's.
+            written.add_done_callback(lambda done: self._put_in_place(done, beside, path))
+
+    def _put_in_place(self, done: Future[Any], beside: Path, path: Path) -> None:
+        try:
+            if done.exception() is None:
+                shutil.rmtree(path, ignore_errors=True)  # of a run that was told to start from an earlier one
+                os.replace(beside, path)
+                checkpoints.prune(path.parent, path, self._only_newest)
+                log.info("saved %s", path)
+        finally:
+            self._in_place.set()
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint. Raises what went wrong with it."""
+        if self._written is None:
+            return
+        self._written.result()
+        if dist.get_rank() == 0:
+            self._in_place.wait()
+        self._written = None
+
+
+def load(path: Path, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
+    """Loads trained weights and moments in place, each rank its part, however many ranks wrote them.
+
+    Raises ValueError, naming the folder, where it cannot be read or is of another model.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    try:
+        dcp.load(_weights(model, only_trained=True) | _moments(model, optimizer), checkpoint_id=path)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read, or is of another model: {str(error).splitlines()[0]}") from error
+
+
+def to_file(folder: Path, file: Path) -> None:
+    """Makes a checkpoint of one file of a sharded one. Needs neither the model nor more than one process."""
+    checkpoint = checkpoints.load(folder)
+    reader = dcp.FileSystemReader(folder)
+    tensors: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+    layout = checkpoint.pop("layout")
+    weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
+    for matrix in (layout["embedding"], layout["head"]):
+        if matrix is None or (rows := weights.pop(matrix.removesuffix(".weight") + ROWS, None)) is None:
+            continue
+        weights[matrix][layout["new_ids"]] = rows.to(weights[matrix].dtype)
+    if layout["tied"] and layout["head"] is not None:
+        weights[layout["head"]] = weights[layout["embedding"]]
+    names = checkpoint["optimizer_parameter_names"]
+    moments = {index: {key: tensors[f"optimizer/{name}/{key}"] for key in MOMENTS} for index, name in enumerate(names)}
+    optimizer = {"state": moments, "param_groups": layout["param_groups"]}
+    checkpoints.save(checkpoint | {"model_state_dict": weights, "optimizer_state_dict": optimizer}, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes a checkpoint of one file of a sharded one.")
+    parser.add_argument("folder", type=Path, help="{run_name}/checkpoint_{epoch}")
+    parser.add_argument("file", type=Path, help="the file to write")
+    args = parser.parse_args()
+    try:
+        to_file(args.folder, args.file)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"wrote {args.file}")
+
+
+if __name__ == "__main__":
+    main()
