@@ -72,12 +72,12 @@ def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None)
             return model
         # No device_ids: given them, DDP would move the labels to the GPU, where picking the positions that count waits
         # for it.
-        return DistributedDataParallel(
-            model,
-            gradient_as_bucket_view=True,  # no second copy of the gradients
-            init_sync=False,  # they are the same already
-            **{_SYNC_BUFFERS: False},  # they are constants of frozen models
-        )
+        options: dict[str, Any] = {
+            "gradient_as_bucket_view": True,  # no second copy of the gradients
+            "init_sync": False,  # they are the same already
+            _SYNC_BUFFERS: False,  # they are constants of frozen models
+        }
+        return DistributedDataParallel(model, **options)
 
     groups = world.world_size // sharding.shard_size
     if groups == 1:
@@ -136,11 +136,11 @@ def place(unit: nn.Module, model: nn.Module, world: World) -> None:
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         placed[id(tensor)] = value
     for module in model.modules():
-        owned: dict[str, Any]
-        for owned in (module._parameters, module._buffers):  # type: ignore[assignment]
-            for name, tensor in owned.items():
-                if id(tensor) in placed:
-                    owned[name] = placed[id(tensor)]
+        owners: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for owned in owners:
+            for name in owned:
+                if id(owned[name]) in placed:
+                    owned[name] = placed[id(owned[name])]
 
 
 def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id: int, precision: str = "fp32") -> None:

@@ -71,7 +71,7 @@ class ShardedSaver:
 
     def __init__(self, only_newest: bool) -> None:
         # Of its own, since it is used beside the training's.
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
         self._only_newest = only_newest
         self._written: Future[Any] | None = None
         self._in_place = threading.Event()
