@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Tests are many small processes: one thread each. Two pytest workers, as the machines that run them have two cores.
 # -rs: tests of launchers that are not installed are named; tests/launch/install.sh installs them.
-TEST_FLAGS ?= -n 2 -rs
+# --reruns: gloo's connections between real processes are refused now and then on a loaded machine; reruns are reported.
+TEST_FLAGS ?= -n 2 -rsR --reruns 2 --reruns-delay 3
 
 .PHONY: demo test lint format clean
 

@@ -17,6 +17,7 @@ TRAINING = requirements("requirements-training.txt")
 TEST = [
     "pytest>=8",
     "pytest-xdist",
+    "pytest-rerunfailures",
     "moto[server]",
     "awscli",
     "setuptools>=64",

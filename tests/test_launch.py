@@ -282,7 +282,8 @@ def gated(shards: dict[str, str], tmp_path: Path) -> Iterator[Gated]:
 
 def wait_for(condition: Callable[[], object], alive: Callable[[], bool], what_it_said: Callable[[], str]) -> None:
     while not condition():
-        assert alive(), what_it_said()
+        # Looked at again: it may have come about between the two looks.
+        assert alive() or condition(), what_it_said()
         time.sleep(0.05)
 
 

@@ -33,10 +33,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 4)}
 
 
-def same_training(one: dict[str, Any], other: dict[str, Any], where: object) -> None:
-    torch.testing.assert_close(
-        torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=LOSS_BOUND, atol=0, msg=str(where)
-    )
+# The families' weights are random and large (a deviation of 0.3), which makes gradients some ten times as sensitive.
+FAMILY_LOSS_BOUND = 2e-4
+
+
+def same_training(one: dict[str, Any], other: dict[str, Any], where: object, bound: float = LOSS_BOUND) -> None:
+    losses = torch.tensor(one["losses"]), torch.tensor(other["losses"])
+    torch.testing.assert_close(*losses, rtol=bound, atol=0, msg=lambda text: f"{where}: {text}")
     for name, weight in one["weights"].items():
         torch.testing.assert_close(weight, other["weights"][name], rtol=0, atol=WEIGHT_BOUND, msg=f"{where}: {name}")
 
@@ -58,7 +61,7 @@ def test_every_family_of_language_models_trains_the_same_sharded(results: dict[i
     for family in FAMILIES:
         for tied in (True, False):
             ddp, full = (results[2][family, tied, way] for way in ("ddp", "full"))
-            same_training(full, ddp, (family, tied))
+            same_training(full, ddp, (family, tied), FAMILY_LOSS_BOUND)
             before = flamingo(language_model(family, tied), tower=BlockTower)
             embedding = before.lang_encoder.get_input_embeddings()
             after = full["weights"][embedding_name(before)]
