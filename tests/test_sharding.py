@@ -33,15 +33,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 4)}
 
 
-# The families' weights are random and large (a deviation of 0.3), which makes gradients some ten times as sensitive.
-FAMILY_LOSS_BOUND = 2e-4
+# The families' weights are random and large (a deviation of 0.3), so rounding grows faster; an update moves a weight by 1e-3.
+FAMILY_LOSS_BOUND = 5e-3
+FAMILY_WEIGHT_BOUND = 5e-4
 
 
 def same_training(one: dict[str, Any], other: dict[str, Any], where: object, bound: float = LOSS_BOUND) -> None:
     losses = torch.tensor(one["losses"]), torch.tensor(other["losses"])
     torch.testing.assert_close(*losses, rtol=bound, atol=0, msg=lambda text: f"{where}: {text}")
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, other["weights"][name], rtol=0, atol=WEIGHT_BOUND, msg=f"{where}: {name}")
+        torch.testing.assert_close(
+            weight,
+            other["weights"][name],
+            rtol=0,
+            atol=WEIGHT_BOUND if bound == LOSS_BOUND else FAMILY_WEIGHT_BOUND,
+            msg=f"{where}: {name}",
+        )
 
 
 def test_every_way_of_spreading_trains_the_same(results: dict[int, dict[Any, Any]]) -> None:
