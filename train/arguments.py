@@ -58,6 +58,13 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Default values in the help, but not `(default: None)` or `(default: False)`, which say nothing."""
 
@@ -88,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--tokenizer_path", help="Hugging Face tokenizer: name or folder. Without it, the one of --lm_path"
+    )
+    model.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run model code that comes with --lm_path (and its tokenizer); without it such a model is refused",
     )
     model.add_argument(
         "--cross_attn_every_n_layers",
@@ -185,6 +197,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     optimisation.add_argument("--loss_multiplier_laion", type=float, default=1.0, help="weight of the LAION loss")
     optimisation.add_argument("--loss_multiplier_mmc4", type=float, default=1.0, help="weight of the MMC4 loss")
+    optimisation.add_argument(
+        "--max_bad_steps",
+        type=positive_int,
+        default=20,
+        help="stop after so many updates in a row whose loss or gradient is not finite",
+    )
     optimisation.add_argument("--seed", type=int, default=42, help="of new weights and of the order of the data")
 
     run = parser.add_argument_group("run and checkpoints")
@@ -213,13 +231,19 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep only the newest checkpoint; the one before is deleted once the new one is safe on disk",
     )
-
     run.add_argument(
         "--checkpoint_format",
         choices=["file", "sharded"],
         default="file",
         help="file: one file, written by rank 0, as the reference. sharded: a folder that every rank writes its part of "
         "while training goes on; `python -m open_flamingo.train.sharded` makes one file of it",
+    )
+
+    run.add_argument(
+        "--save_errors",
+        choices=["stop", "warn"],
+        default="stop",
+        help="when a checkpoint cannot be written: stop, or warn and train on",
     )
 
     precision = parser.add_argument_group("precision and memory")
@@ -253,6 +277,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     distributed.add_argument(
         "--dist-backend", default="nccl", help="torch.distributed backend; gloo is taken where there is no GPU"
+    )
+    distributed.add_argument(
+        "--dist_timeout",
+        type=positive_float,
+        default=600.0,
+        help="seconds that a rank waits for the others, and for its loader, before it ends the job",
     )
     distributed.add_argument("--horovod", action="store_true", help="started by horovodrun: ask Horovod for the rank")
     distributed.add_argument("--no-set-device-rank", action="store_true", help="use device 0 in every process")
