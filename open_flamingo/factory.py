@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,8 +15,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
 
+from .backbones import (
+    OPEN_CLIP_SCHEMES,
+    check_language_model,
+    check_tokenizer,
+    check_vision_encoder,
+    check_vision_weights,
+    is_file_name,
+    open_clip_name,
+    read_vision_config,
+)
 from .flamingo import Flamingo
 from .language_model import input_embedding
 from .vision import patch_width, prepare_for_tokens
@@ -23,6 +34,9 @@ from .vision import patch_width, prepare_for_tokens
 END_OF_CHUNK = "<|endofchunk|>"
 IMAGE = "<image>"
 PAD = "<PAD>"
+
+# Longer messages of the libraries below, such as lists of all parameters, are cut.
+LONGEST_REASON = 500
 
 
 def create_model_and_transforms(
@@ -37,6 +51,7 @@ def create_model_and_transforms(
     cache_dir: str | None = None,
     *,
     meta: bool = False,
+    trust_remote_code: bool = False,
     **flamingo_kwargs: Any,
 ) -> tuple[Flamingo, Callable[..., Tensor], PreTrainedTokenizerBase]:
     """Load a vision encoder and a language model and join them.
@@ -55,6 +70,8 @@ def create_model_and_transforms(
         cache_dir: where downloads are kept.
         meta: make all but the vision encoder on the meta device, without reading the language model's weights: for ranks
             that get theirs from another.
+        trust_remote_code: run the Python code that a language model or tokenizer brings along. Without it, such a model is
+            refused unless transformers has the code itself. Files of weights never run code.
         flamingo_kwargs: `gradient_checkpointing`, `train_output_rows`: see `Flamingo`.
 
     Returns:
@@ -62,15 +79,18 @@ def create_model_and_transforms(
         `<|endofchunk|>`, `<image>` and, if it had no padding token, `<PAD>` added.
 
     Raises:
-        ValueError, FileNotFoundError: what was asked for does not exist or does not fit; the message says what.
+        ValueError, FileNotFoundError: what was asked for does not exist or does not fit; the message, of one line, says
+            what, with the argument and the flag of the training program.
     """
     vision_encoder, image_processor, image_size = load_vision_encoder(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir
     )
-    tokenizer = load_tokenizer(tokenizer_path or lang_encoder_path, use_local_files, cache_dir)
+    tokenizer = load_tokenizer(tokenizer_path or lang_encoder_path, use_local_files, cache_dir, trust_remote_code)
     vis_dim = patch_width(vision_encoder, image_size)
     with torch.device("meta") if meta else nullcontext():
-        lang_encoder = load_language_model(lang_encoder_path, len(tokenizer), use_local_files, cache_dir, meta)
+        lang_encoder = load_language_model(
+            lang_encoder_path, len(tokenizer), use_local_files, cache_dir, meta, trust_remote_code
+        )
         eoc, media = tokenizer.convert_tokens_to_ids([END_OF_CHUNK, IMAGE])
         model = Flamingo(
             vision_encoder,
@@ -87,6 +107,22 @@ def create_model_and_transforms(
     return model, image_processor, tokenizer
 
 
+@contextmanager
+def loading(argument: str, value: str) -> Iterator[None]:
+    """Errors within this `with` become one line, which begins with the argument (and its flag) and has its value.
+
+    The libraries below raise almost anything for what is missing, broken or does not fit.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(reason) > LONGEST_REASON:
+            reason = f"{reason[:LONGEST_REASON]} …"
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{argument}{'' if value in reason else f' {value!r}'}: {reason}") from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Vision
 
@@ -98,97 +134,113 @@ def load_vision_encoder(
 
     See `create_model_and_transforms` for the arguments and errors.
     """
-    name = path
-    if path.endswith(".json"):
-        name = register_config(Path(path))
-    elif not path.startswith(("hf-hub:", "local-dir:")) and path not in open_clip.list_models():
-        raise ValueError(
-            f"{path!r} is neither an OpenCLIP model name (see open_clip.list_models()), nor 'hf-hub:…', 'local-dir:…' "
-            "or the path of a model config (.json)"
-        )
+    with loading("clip_vision_encoder_path (--vision_encoder_path)", path):
+        check_vision_encoder(path)
+        named = not path.startswith(OPEN_CLIP_SCHEMES)
+        name = path
+        if named:
+            name = register_config(Path(path)) if path.endswith(".json") else open_clip_name(path)
 
-    file = pretrained if pretrained and is_file_name(pretrained) else None
-    if file is not None and not Path(file).is_file():
-        raise FileNotFoundError(f"no such file of vision encoder weights: {file}")
-    if pretrained and file is None and not path.startswith(("hf-hub:", "local-dir:")):
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained not in tags:
-            raise ValueError(
-                f"{pretrained!r} is neither a file nor an OpenCLIP weight tag of {path}; "
-                f"its tags are: {', '.join(tags) or 'none'}"
-            )
-    with no_warning_of_random_weights(file is not None):
-        try:
-            tower_weights = read_tower_weights(file) if file is not None else None
-            clip, _, image_processor = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained if tower_weights is None else None, cache_dir=cache_dir
-            )
-            if tower_weights is not None:
-                clip.visual.load_state_dict(tower_weights)
-        except Exception as error:
-            if file is None:
-                raise
-            raise ValueError(f"the weights in {file} do not fit the vision encoder {path}: {error}") from error
+    if not pretrained:
+        with loading("clip_vision_encoder_path (--vision_encoder_path)", path):
+            clip, image_processor = build_clip(name, None, cache_dir)
+    else:
+        with loading("clip_vision_encoder_pretrained (--vision_encoder_pretrained)", pretrained):
+            check_vision_weights(pretrained)
+            if is_file_name(pretrained):
+                clip, image_processor = load_clip_file(name, path, pretrained, cache_dir)
+            else:
+                tags = open_clip.list_pretrained_tags_by_model(name) if named else [pretrained]
+                if pretrained not in tags:
+                    raise ValueError(
+                        f"{pretrained!r} is neither a file nor an OpenCLIP weight tag of {path}; "
+                        f"its tags are: {', '.join(tags) or 'none'}"
+                    )
+                clip, image_processor = build_clip(name, pretrained, cache_dir)
     tower = clip.visual.float().eval()
     prepare_for_tokens(tower)
     size = getattr(tower, "image_size", 224)
     return tower, image_processor, size if isinstance(size, tuple) else (size, size)
 
 
+def build_clip(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[Any, Callable[..., Tensor]]:
+    """The CLIP that OpenCLIP builds, and its validation transform."""
+    with never_asking():
+        clip, _, image_processor = open_clip.create_model_and_transforms(
+            name, pretrained=pretrained, cache_dir=cache_dir
+        )
+    return clip, image_processor
+
+
+def load_clip_file(name: str, path: str, file: str, cache_dir: str | None) -> tuple[Any, Callable[..., Tensor]]:
+    """The CLIP `name`, which the user calls `path`, with the weights in `file` in its vision tower at least."""
+    try:
+        tower_weights = read_tower_weights(file)
+        with no_warning_of_random_weights():
+            clip, image_processor = build_clip(name, file if tower_weights is None else None, cache_dir)
+        if tower_weights is not None:
+            clip.visual.load_state_dict(tower_weights)
+    except Exception as error:
+        raise ValueError(f"the weights in {file} do not fit the vision encoder {path}: {error}") from error
+    return clip, image_processor
+
+
 @contextmanager
-def no_warning_of_random_weights(enabled: bool) -> Iterator[None]:
+def never_asking() -> Iterator[None]:
+    """For a text tower from the Hugging Face hub that brings code of its own, OpenCLIP would have transformers ask on the
+    terminal whether to run it. Within this `with` it is refused at once."""
+    patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
+
+
+@contextmanager
+def no_warning_of_random_weights() -> Iterator[None]:
     """OpenCLIP warns of a tower with random weights before we have had the chance to load them."""
 
     def other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("No pretrained weights loaded")
 
     logger = logging.getLogger()
-    if enabled:
-        logger.addFilter(other)
+    logger.addFilter(other)
     try:
         yield
     finally:
         logger.removeFilter(other)
 
 
-def is_file_name(pretrained: str) -> bool:
-    """Whether `pretrained` means a file, there or not, rather than an OpenCLIP tag."""
-    path = Path(pretrained)
-    return path.is_file() or len(path.parts) > 1 or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz")
-
-
 def register_config(path: Path) -> str:
     """Make OpenCLIP know the model config in a file, under a name that no other has; return that name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such OpenCLIP model config: {path}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    config = config.get("model_cfg", config)
-    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if lacking:
-        raise ValueError(f"{path} is not an OpenCLIP model config: it has no {', '.join(lacking)}")
-    name = f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    config = json.dumps(read_vision_config(path), sort_keys=True)
+    name = f"{path.stem}-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
     if name not in open_clip.list_models():
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / f"{name}.json"
-            copy.write_text(json.dumps(config), encoding="utf-8")
+            copy.write_text(config, encoding="utf-8")
             open_clip.add_model_config(copy)
     return name
 
 
 def read_tower_weights(path: str) -> dict[str, Tensor] | None:
-    """The state dict of a file that holds a vision tower alone; None for any other, which OpenCLIP reads itself."""
+    """The state dict of a file that holds a vision tower alone; None for any other, which OpenCLIP reads itself.
+
+    Nothing in the file is executed, here or (torch ≥ 2.6) by OpenCLIP: ValueError if it cannot be read without that.
+    """
     weights: Any
+    if path.endswith((".npz", ".npy")):
+        return None
     if path.endswith(".safetensors"):
         weights = load_file(path)
+    elif is_torchscript(path):
+        raise ValueError(
+            "it is a TorchScript program, as OpenAI publishes them, not a file of weights. If you trust it: "
+            "torch.save(torch.jit.load(file).state_dict(), another_file)"
+        )
     else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # a TorchScript archive (OpenAI's own) or NumPy file, which OpenCLIP knows how to read
-            return None
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     weights = weights.get("state_dict", weights)
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     if all(name.startswith("visual.") for name in weights):
@@ -198,15 +250,29 @@ def read_tower_weights(path: str) -> dict[str, Tensor] | None:
     return weights
 
 
+def is_torchscript(path: str) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Language
 
 
-def load_tokenizer(path: str, use_local_files: bool = False, cache_dir: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, use_local_files: bool = False, cache_dir: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """A tokenizer with the model's special tokens added to those that it has."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, local_files_only=use_local_files, trust_remote_code=True, cache_dir=cache_dir
-    )
+    with (
+        loading("tokenizer_path (--tokenizer_path, by default that of --lm_path)", path),
+        refusing_code(trust_remote_code),
+    ):
+        check_tokenizer(path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=use_local_files, trust_remote_code=trust_remote_code, cache_dir=cache_dir
+        )
     new = [token for token in (END_OF_CHUNK, IMAGE) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -215,7 +281,12 @@ def load_tokenizer(path: str, use_local_files: bool = False, cache_dir: str | No
 
 
 def load_language_model(
-    path: str, vocabulary: int, use_local_files: bool = False, cache_dir: str | None = None, meta: bool = False
+    path: str,
+    vocabulary: int,
+    use_local_files: bool = False,
+    cache_dir: str | None = None,
+    meta: bool = False,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """A causal language model in float32 whose matrices have at least `vocabulary` rows; without weights if `meta`.
 
@@ -225,13 +296,36 @@ def load_language_model(
     """
     # transformers 5 loads in the checkpoint's type unless told, and has renamed the argument.
     dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    where = {"local_files_only": use_local_files, "trust_remote_code": True, "cache_dir": cache_dir}
+    # Never None: transformers would ask on the terminal.
+    where = {
+        "local_files_only": use_local_files,
+        "trust_remote_code": trust_remote_code,
+        "cache_dir": cache_dir,
+    }
     model: Any
-    if meta:
-        config = AutoConfig.from_pretrained(path, **where)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **{dtype: torch.float32})
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, **where, **{dtype: torch.float32})
+    with loading("lang_encoder_path (--lm_path)", path), refusing_code(trust_remote_code):
+        check_language_model(path)
+        if meta:
+            config = AutoConfig.from_pretrained(path, **where)
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **{dtype: torch.float32}
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **where, **{dtype: torch.float32})
     if vocabulary > len(input_embedding(model).weight):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return model.eval()
+
+
+@contextmanager
+def refusing_code(trusted: bool) -> Iterator[None]:
+    """transformers' refusal of a model's own code, in our words."""
+    try:
+        yield
+    except ValueError as error:
+        if trusted or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            "it brings Python code of its own, which could do anything. Read it, and if you trust it add "
+            "--trust_remote_code (in Python: trust_remote_code=True)"
+        ) from error

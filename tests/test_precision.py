@@ -285,6 +285,6 @@ def test_a_machine_that_cannot_compile_is_told_before_anything_is_built(
     with pytest.raises(ValueError, match=r"--compile"):
         check_compiler(torch.device("cpu"))
     with pytest.raises(SystemExit) as refused:
-        main([*flags_of_module, "--lm_path=/no/such/model", f"--run_name={tmp_path}", "--compile"])
+        main([*flags_of_module, "--lm_path=no/such-model", f"--run_name={tmp_path}", "--compile"])
     assert refused.value.code == 1
     assert "--compile" in capsys.readouterr().err

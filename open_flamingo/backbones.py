@@ -1,0 +1,121 @@
+"""What names a backbone, checked as far as that needs neither torch nor the network, so that a mistake shows at once.
+
+The functions raise ValueError or FileNotFoundError, saying what is wrong and what to give instead; whose value it is, the
+caller knows. Only the standard library is imported.
+"""
+
+import json
+import re
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")
+# A name on the Hugging Face hub: at most one slash.
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+_WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "spiece*")
+
+
+def check_vision_encoder(path: str) -> None:
+    """`path` is an OpenCLIP model name, "hf-hub:…", "local-dir:…", or a model config (.json) that can be read."""
+    if path.startswith("local-dir:"):
+        config = Path(path.removeprefix("local-dir:")) / "open_clip_config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"there is no file {config}: give a folder that OpenCLIP's push_to_hub made")
+    elif path.startswith("hf-hub:"):
+        if not path.removeprefix("hf-hub:"):
+            raise ValueError(
+                "'hf-hub:' must be followed by a name, such as 'hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K'"
+            )
+    elif path.endswith(".json"):
+        read_vision_config(Path(path))
+    elif (names := _open_clip_names()) and open_clip_name(path) not in names:
+        raise ValueError(
+            f"{path!r} is neither an OpenCLIP model name{_near(path, names)}, nor 'hf-hub:…', 'local-dir:…' or the "
+            "path of a model config (.json); open_clip.list_models() lists the names"
+        )
+
+
+def open_clip_name(path: str) -> str:
+    """OpenCLIP takes ViT-L/14 for ViT-L-14."""
+    return path.replace("/", "-")
+
+
+def _open_clip_names() -> list[str]:
+    """The model names that the installed OpenCLIP knows, found without importing it; none if it is laid out otherwise."""
+    package = find_spec("open_clip")
+    folders = package.submodule_search_locations if package is not None else None
+    return sorted(file.stem for folder in folders or () for file in Path(folder).glob("model_configs/*.json"))
+
+
+def read_vision_config(path: Path) -> dict[str, Any]:
+    """The model config in a file: OpenCLIP's own kind, or one of a hub folder."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such OpenCLIP model config: {path}")
+    config = _read_json(path)
+    config = config.get("model_cfg", config)
+    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if lacking:
+        raise ValueError(f"{path} is not an OpenCLIP model config: it has no {', '.join(lacking)}")
+    return config
+
+
+def check_vision_weights(pretrained: str) -> None:
+    """`pretrained` is a file that is there, or can be a tag; which tags a model has, OpenCLIP knows."""
+    if not pretrained:
+        raise ValueError("it is empty: give an OpenCLIP weight tag, such as 'openai', or a file")
+    if is_file_name(pretrained) and not Path(pretrained).is_file():
+        raise FileNotFoundError(f"no such file of vision encoder weights: {pretrained}")
+
+
+def is_file_name(pretrained: str) -> bool:
+    """Whether `pretrained` means a file, there or not, rather than an OpenCLIP tag."""
+    path = Path(pretrained)
+    return path.is_file() or len(path.parts) > 1 or pretrained.startswith(".") or path.suffix in _WEIGHT_SUFFIXES
+
+
+def check_language_model(path: str) -> None:
+    """`path` is a folder with a model, or can be a name on the Hugging Face hub."""
+    if not _is_folder(path):
+        return
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"the folder {path} has no config.json: give one that save_pretrained made")
+    _read_json(config)
+    if not any(any(Path(path).glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise FileNotFoundError(f"the folder {path} has no weights (*.safetensors or *.bin)")
+
+
+def check_tokenizer(path: str) -> None:
+    """`path` is a folder with a tokenizer, or can be a name on the Hugging Face hub."""
+    if _is_folder(path) and not any(any(Path(path).glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise FileNotFoundError(f"the folder {path} has no tokenizer (tokenizer.json, or the older vocabulary files)")
+
+
+def _is_folder(path: str) -> bool:
+    """Whether `path` is a folder here; if not, it must be able to be a name on the hub."""
+    if Path(path).is_dir() and path:
+        return True
+    if _HUB_NAME.fullmatch(path) and not path.startswith((".", "-")):
+        return False
+    if not path:
+        raise ValueError("it is empty: give a folder, or a name on the Hugging Face hub")
+    home = "; '~' is your home folder only to the shell: write it out" if path.startswith("~") else ""
+    raise FileNotFoundError(f"there is no folder {path!r}, and it cannot be a name on the Hugging Face hub{home}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, n=3)
+    return f" (near it: {', '.join(near)})" if near else ""
