@@ -128,6 +128,7 @@ def train(args: argparse.Namespace, world: World) -> None:
             use_local_files=args.offline,
             freeze_lm_embeddings=args.freeze_lm_embeddings,
             gradient_checkpointing=args.gradient_checkpointing,
+            trust_remote_code=args.trust_remote_code,
             train_output_rows=args.train_output_rows,
             meta=not world.is_main,
         )
