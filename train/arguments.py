@@ -7,10 +7,15 @@ namespace that nothing changes afterwards; what is derived from it is computed w
 from __future__ import annotations
 
 import argparse
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
+from open_flamingo.backbones import check_language_model, check_tokenizer, check_vision_encoder, check_vision_weights
 from open_flamingo.train.data.shards import check_shards
 
 # A checkpoint made with another value of one of these describes another model or another order of samples.
@@ -36,33 +41,113 @@ DATA_FLAGS = (
     "shuffle_buffer_mmc4",
 )
 
+LARGEST_SEED = 2**32 - 1  # NumPy's, and so the reference's
+YEAR = 365 * 24 * 3600
+BACKENDS = ("nccl", "gloo", "mpi", "ucc")
+WANDB_FORBIDS = "/\\#?%:"
+WANDB_LONGEST = 128
+# Of a sharded checkpoint's folder, the file that holds all but the tensors. checkpoint.py, which imports torch, writes it.
+SHARDED_STATE = "state.pt"
+
+T = TypeVar("T", int, float)
+
+
+def _number(convert: Callable[[str], T], what: str, text: str, valid: Callable[[T], bool]) -> T:
+    """`text` as a number that is `valid`; argparse.ArgumentTypeError, which argparse prefixes with the flag, otherwise."""
+    try:
+        value = convert(text)
+        if valid(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return _number(int, "a whole number of at least 1", text, lambda value: value >= 1)
 
 
 def non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
+    return _number(int, "a whole number of at least 0", text, lambda value: value >= 0)
+
+
+def seed(text: str) -> int:
+    return _number(int, f"a whole number from 0 to {LARGEST_SEED}", text, lambda value: 0 <= value <= LARGEST_SEED)
+
+
+def finite_float(text: str) -> float:
+    return _number(float, "a finite number", text, math.isfinite)
 
 
 def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
+    return _number(float, "a finite number of at least 0", text, lambda value: 0 <= value < math.inf)
 
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
-    return value
+def seconds(text: str) -> float:
+    # NCCL and gloo count in milliseconds, in 64 bits; a year is more than anyone waits.
+    return _number(float, f"seconds, above 0 and at most {YEAR}", text, lambda value: 0 < value <= YEAR)
+
+
+def dist_url(text: str) -> str:
+    if text != "env://" and not re.fullmatch(r"tcp://(\[[^\[\]]+\]|[^\s:/\[\]]+):\d{1,5}|file:///.+", text):
+        raise argparse.ArgumentTypeError(
+            f"must be env://, tcp://<host of rank 0>:<free port> or file:///<a new file that all ranks see>, not {text!r}"
+        )
+    return text
+
+
+def dist_backend(text: str) -> str:
+    """One of BACKENDS; or, as torch takes it, one for each kind of device: cpu:gloo,cuda:nccl."""
+    known = "|".join(BACKENDS)
+    if not re.fullmatch(f"({known})|(cpu|cuda):({known})(,(cpu|cuda):({known}))*", text.lower()):
+        raise argparse.ArgumentTypeError(f"must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, not {text!r}")
+    return text.lower()
+
+
+def wandb_name(text: str) -> str | None:
+    """Empty is none: scripts pass variables that may not be set."""
+    if any(character in text for character in WANDB_FORBIDS) or len(text) > WANDB_LONGEST:
+        raise argparse.ArgumentTypeError(
+            f"must have at most {WANDB_LONGEST} characters and none of {' '.join(WANDB_FORBIDS)}, is {text!r}"
+        )
+    return text or None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line, without the usage of sixty flags, and says what to type instead."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {_in_one_line(_plainly(message))}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._about(unknown))
+        return parsed
+
+    def _about(self, unknown: list[str]) -> str:
+        flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
+        if flag is not None:
+            near = get_close_matches(flag, self._option_string_actions, n=1)
+            return f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "--help lists all flags")
+        return (
+            f"{unknown[0]!r} belongs to no flag: a flag takes one value or none. Shard patterns must be in quotes, so that "
+            "the shell leaves their braces and stars alone"
+        )
+
+
+def _plainly(message: str) -> str:
+    """argparse's messages, where they do not say what to type."""
+    message = message.removeprefix("argument ")
+    if match := re.fullmatch(r"(\S+): expected one argument", message):
+        return f"{match[1]}: needs a value; one that begins with '-' is written {match[1]}=-value"
+    if match := re.fullmatch(r"(\S+): ignored explicit argument (.*)", message, re.DOTALL):
+        return f"{match[1]}: takes no value, got {match[2]}; the flag alone turns it on, and without it it is off"
+    return message
+
+
+def _in_one_line(message: str) -> str:
+    return message.replace("\r", "\\r").replace("\n", "\\n")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -75,7 +160,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="open-flamingo-train",
         description="Train an OpenFlamingo-style vision-language model on LAION and MMC4 WebDataset shards.",
         formatter_class=_Formatter,
@@ -144,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     data.add_argument(
         "--mmc4_textsim_threshold",
-        type=float,
+        type=finite_float,
         default=30,
         help="drop images whose similarity to their sentence is less; in the unit of the shards' similarity_matrix",
     )
@@ -195,15 +280,19 @@ def build_parser() -> argparse.ArgumentParser:
     optimisation.add_argument(
         "--weight_decay", type=non_negative_float, default=0.1, help="on the gated cross-attention only"
     )
-    optimisation.add_argument("--loss_multiplier_laion", type=float, default=1.0, help="weight of the LAION loss")
-    optimisation.add_argument("--loss_multiplier_mmc4", type=float, default=1.0, help="weight of the MMC4 loss")
+    optimisation.add_argument(
+        "--loss_multiplier_laion", type=non_negative_float, default=1.0, help="weight of the LAION loss"
+    )
+    optimisation.add_argument(
+        "--loss_multiplier_mmc4", type=non_negative_float, default=1.0, help="weight of the MMC4 loss"
+    )
     optimisation.add_argument(
         "--max_bad_steps",
         type=positive_int,
         default=20,
         help="stop after so many updates in a row whose loss or gradient is not finite",
     )
-    optimisation.add_argument("--seed", type=int, default=42, help="of new weights and of the order of the data")
+    optimisation.add_argument("--seed", type=seed, default=42, help="of new weights and of the order of the data")
 
     run = parser.add_argument_group("run and checkpoints")
     run.add_argument(
@@ -271,16 +360,20 @@ def build_parser() -> argparse.ArgumentParser:
     distributed = parser.add_argument_group("distributed")
     distributed.add_argument(
         "--dist-url",
+        type=dist_url,
         default="env://",
         help="where the ranks meet, e.g. tcp://<host of rank 0>:<free port>. env://: at MASTER_ADDR and MASTER_PORT; where "
         "these are not set, SLURM, Open MPI on one node and Horovod tell",
     )
     distributed.add_argument(
-        "--dist-backend", default="nccl", help="torch.distributed backend; gloo is taken where there is no GPU"
+        "--dist-backend",
+        type=dist_backend,
+        default="nccl",
+        help="torch.distributed backend; gloo is taken where there is no GPU",
     )
     distributed.add_argument(
         "--dist_timeout",
-        type=positive_float,
+        type=seconds,
         default=600.0,
         help="seconds that a rank waits for the others, and for its loader, before it ends the job",
     )
@@ -316,8 +409,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--logging_steps", type=positive_int, default=100, help="a log line every N updates")
     report.add_argument("--offline", action="store_true", help="no hub downloads, and W&B writes to disk only")
     report.add_argument("--report_to_wandb", action="store_true", help="log to Weights & Biases")
-    report.add_argument("--wandb_project", help="W&B project")
-    report.add_argument("--wandb_entity", help="W&B entity")
+    report.add_argument("--wandb_project", type=wandb_name, help="W&B project")
+    report.add_argument("--wandb_entity", type=wandb_name, help="W&B entity")
     report.add_argument("--save_checkpoints_to_wandb", action="store_true", help="upload checkpoints to W&B")
     report.add_argument(
         "--report_to_tensorboard", action="store_true", help="write TensorBoard events to {run_name}/tensorboard"
@@ -331,20 +424,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         check(args)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (ValueError, OSError) as error:  # OSError: a name that is too long, say
+        parser.error(str(error))
     return args
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError, naming the flag and what to do, for what argparse alone cannot see."""
-    if args.laion_shards is None and args.mmc4_shards is None:
+    """Raises ValueError or OSError, naming the flag and what to do, for what argparse alone cannot see."""
+    kinds = [kind for kind in ("laion", "mmc4") if getattr(args, f"{kind}_shards") is not None]
+    if not kinds:
         raise ValueError("no data: give --laion_shards, --mmc4_shards or both")
-    for flag in ("laion_shards", "mmc4_shards"):
-        if (spec := getattr(args, flag)) is not None:
-            check_shards(f"--{flag}", spec)
+    for kind in kinds:
+        check_shards(f"--{kind}_shards", getattr(args, f"{kind}_shards"))
+    check_numbers(args, kinds)
+    check_backbones(args)
+    check_run_folder(args.run_name)
+    if args.resume_from_checkpoint is not None:
+        check_checkpoint(args.resume_from_checkpoint)
 
-    if args.laion_shards is not None and args.mmc4_shards is not None:
+    if args.save_checkpoints_to_wandb and not args.report_to_wandb:
+        raise ValueError("--save_checkpoints_to_wandb needs --report_to_wandb")
+    if args.save_checkpoints_to_wandb and args.checkpoint_format == "sharded":
+        raise ValueError("--save_checkpoints_to_wandb uploads files: it needs --checkpoint_format file")
+    if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
+        raise ValueError("--fsdp_shard_size needs --fsdp --fsdp_sharding_strategy hybrid")
+
+
+def check_numbers(args: argparse.Namespace, kinds: list[str]) -> None:
+    """ValueError where numbers, each right by itself, do not go together. `kinds`: the datasets that are given."""
+    if len(kinds) == 2:
         check_epoch_lengths(
             args.train_num_samples_laion, args.batch_size_laion, args.train_num_samples_mmc4, args.batch_size_mmc4
         )
@@ -353,23 +461,60 @@ def check(args: argparse.Namespace) -> None:
             f"--mmc4_min_num_images {args.mmc4_min_num_images} is more than "
             f"--mmc4_max_num_images {args.mmc4_max_num_images}: every document would be dropped"
         )
-    if args.save_checkpoints_to_wandb and not args.report_to_wandb:
-        raise ValueError("--save_checkpoints_to_wandb needs --report_to_wandb")
-    if args.save_checkpoints_to_wandb and args.checkpoint_format == "sharded":
-        raise ValueError("--save_checkpoints_to_wandb uploads files: it needs --checkpoint_format file")
+    if not any(getattr(args, f"loss_multiplier_{kind}") for kind in kinds):
+        weights = " and ".join(f"--loss_multiplier_{kind}" for kind in kinds)
+        raise ValueError(f"{weights} 0: there is no loss to train on; give a number above 0")
 
-    if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
-        raise ValueError("--fsdp_shard_size needs --fsdp --fsdp_sharding_strategy hybrid")
-    if not args.run_name.strip():
-        raise ValueError("--run_name is empty: it names the output folder")
-    folder = Path(args.run_name)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--run_name {args.run_name} is a file, but names the output folder: choose another")
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"--run_name {args.run_name}: the folder {existing} cannot be written to")
-    if args.resume_from_checkpoint is not None and not Path(args.resume_from_checkpoint).is_file():
-        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: no such file")
+
+def check_backbones(args: argparse.Namespace) -> None:
+    """ValueError or FileNotFoundError, naming the flag, for a backbone that cannot be one."""
+    values: list[tuple[str, str, Callable[[str], None]]] = [
+        ("--vision_encoder_path", args.vision_encoder_path, check_vision_encoder),
+        ("--vision_encoder_pretrained", args.vision_encoder_pretrained, check_vision_weights),
+        ("--lm_path", args.lm_path, check_language_model),
+    ]
+    if args.tokenizer_path is not None:
+        values.append(("--tokenizer_path", args.tokenizer_path, check_tokenizer))
+    else:
+        values.append(("--tokenizer_path (not given, so that of --lm_path)", args.lm_path, check_tokenizer))
+    for flag, value, check_value in values:
+        try:
+            check_value(value)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{flag}: {error}") from error
+
+
+def check_run_folder(run_name: str) -> None:
+    """ValueError, naming --run_name, where the run's folder cannot be made or written to."""
+    if not run_name.strip():
+        raise ValueError(f"--run_name: {run_name!r} is empty: it names the output folder")
+    folder = Path(run_name)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--run_name: {run_name} is a file, but names the output folder: choose another")
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ValueError(f"--run_name: {run_name} cannot be a folder ({error.strerror}): choose another") from error
+    if not existing.is_dir():
+        raise ValueError(f"--run_name: {run_name} lies in {existing}, which is a file: choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--run_name: {run_name}: the folder {existing} cannot be written to: choose another")
+
+
+def check_checkpoint(path: str) -> None:
+    """ValueError, naming --resume_from_checkpoint, where there is no checkpoint at `path`."""
+    flag = "--resume_from_checkpoint"
+    if Path(path).is_dir():
+        if not (Path(path) / SHARDED_STATE).is_file():
+            raise ValueError(
+                f"{flag}: the folder {path} is not a checkpoint: give a file, or a folder with a {SHARDED_STATE} in it"
+            )
+    elif not path or not Path(path).exists():
+        raise ValueError(
+            f"{flag}: no such file: {path!r}; without this flag a run goes on from its own newest checkpoint"
+        )
+    elif not os.access(path, os.R_OK):
+        raise ValueError(f"{flag}: {path} cannot be read: no permission")
 
 
 def check_epoch_lengths(samples_laion: int, batch_laion: int, samples_mmc4: int, batch_mmc4: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import shutil
 import threading
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied, input_embedding
@@ -131,20 +133,88 @@ def load(path: Path, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     try:
-        dcp.load(_weights(model, only_trained=True) | _moments(model, optimizer), checkpoint_id=path)
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read, or is of another model: {str(error).splitlines()[0]}") from error
+        tensors = _weights(model, only_trained=True) | _moments(model, optimizer)
+        dcp.load(tensors, storage_reader=TensorReader(path))
+    except Exception as error:  # broken bytes make torch raise almost anything
+        raise ValueError(f"{path} cannot be read, or is of another model: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong: of a load by many ranks, on the first of them that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (first, _) = min(error.failures.items())
+        return f"rank {rank}: {_first_line(first)}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class TensorReader(dcp.FileSystemReader):
+    """Reads a folder of tensors, and executes nothing in it.
+
+    torch's own reader unpickles `.metadata` without restraint, and entries that are not tensors too. Here only the classes of
+    such a file are made, and there are only tensors, each in a file of the folder.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"{path} holds a {type(metadata).__name__}, not a description of tensors")
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{path}: {key} is not a tensor")
+        for stored in metadata.storage_data.values():
+            name = stored.relative_path
+            if name != Path(name).name or stored.transform_descriptors or not (Path(self.path) / name).is_file():
+                raise ValueError(f"{path}: {name!r} is not a file of tensors of this folder")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes what torch's FileSystemWriter puts into `.metadata`, and nothing else."""
+
+    _CLASSES = (
+        *(("torch.distributed.checkpoint.metadata", name) for name in ("Metadata", "StorageMeta", "MetadataIndex")),
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in ("TensorStorageMetadata", "ChunkStorageMetadata")
+        ),
+        *(("torch.distributed.checkpoint.metadata", name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # Python 3.13
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self._CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs: it may be hostile")
 
 
 def to_file(folder: Path, file: Path) -> None:
-    """Makes a checkpoint of one file of a sharded one. Needs neither the model nor more than one process."""
+    """Makes a checkpoint of one file of a sharded one. Needs neither the model nor more than one process.
+
+    Raises ValueError, naming the folder, where it cannot be read.
+    """
     checkpoint = checkpoints.load(folder)
-    reader = dcp.FileSystemReader(folder)
-    tensors: dict[str, Any] = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-    }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    reader = TensorReader(folder)
+    try:
+        tensors: dict[str, Any] = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+            for key, entry in reader.read_metadata().state_dict_metadata.items()
+        }
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be read: {_reason(error)}") from error
 
     layout = checkpoint.pop("layout")
     weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
