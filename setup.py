@@ -22,6 +22,7 @@ TEST = [
     "awscli",
     "setuptools>=64",
     "wheel",
+    "hypothesis",
     "ruff==0.14.5",
     "mypy==1.18.2",
 ]

@@ -8,6 +8,7 @@ Pillow's and was tried: with its 16-bit weights, 3 pictures in 100 have a value 
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
@@ -25,6 +26,7 @@ from open_flamingo.train.data.samples import SampleError
 
 # Ours is `max_image_pixels`; Pillow's warning would come once a worker for pictures that the user allows.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Palette images with Transparency expressed in bytes")
 
 JPEG = b"\xff\xd8\xff"
 RESAMPLING = {
@@ -33,6 +35,10 @@ RESAMPLING = {
 }
 # How many times as wide as its crop a picture is made in full: a line of 1,000,000 × 1 pixels would be 900 MB.
 MAX_STRETCH = 16
+# A decompression bomb for Pillow, and for us where a JPEG does not pass through Pillow.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+# What is found on the web. Pillow knows fifty more, and runs Ghostscript on a picture that says it is EPS.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 # Steps of a Compose that do here nothing that is not done anyway: to RGB, to a tensor.
 NEUTRAL = {"MaybeConvertMode", "MaybeToTensor", "ToTensor", "_convert_to_rgb"}
 
@@ -102,7 +108,7 @@ def image_size(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         pass  # Pillow knows more kinds
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             return image.size
     except Exception:
         return None
@@ -112,12 +118,12 @@ class ImagePreparer:
     """Bytes → uint8 [3, H, W]; float32 and normalised where `image_processor` is not a standard CLIP pipeline.
 
     Args:
-        max_pixels: pictures of more are `too_large`; None for no limit but Pillow's own.
+        max_pixels: pictures of more are `too_large`; None for no limit but `MAX_PIXELS`, which is Pillow's own.
     """
 
     def __init__(self, image_processor: Callable[[Image.Image], torch.Tensor], max_pixels: int | None = None) -> None:
         self.spec = image_spec(image_processor)
-        self.max_pixels = max_pixels
+        self.max_pixels = MAX_PIXELS if max_pixels is None else min(max_pixels, MAX_PIXELS)
         self._image_processor = image_processor if self.spec is None else None
 
     def too_large(self, data: bytes) -> bool:
@@ -125,13 +131,13 @@ class ImagePreparer:
         size = image_size(data)
         if size is None:
             try:
-                Image.open(io.BytesIO(data)).close()
+                _open(data).close()
             except Image.DecompressionBombError:
                 return True
             except Exception:
                 return False  # broken: an error if it is ever used
             return False
-        return self.max_pixels is not None and size[0] * size[1] > self.max_pixels
+        return size[0] * size[1] > self.max_pixels
 
     def __call__(self, data: bytes, flip: bool = False) -> np.ndarray:
         """The picture, mirrored if `flip`.
@@ -165,8 +171,18 @@ def _decode_jpeg(data: bytes) -> Image.Image | None:
 
 
 def _decode_with_pillow(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         return image.convert("RGB")
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _resized(resize: int | tuple[int, int], height: int, width: int) -> tuple[int, int]:

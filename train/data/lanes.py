@@ -14,26 +14,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import IO, Any
+from dataclasses import dataclass
 
 import numpy as np
-import webdataset as wds
-from webdataset.gopen import set_options
-from webdataset.tariterators import group_by_keys
 
-from open_flamingo.train.data.samples import DataError, Drop, Sample, SampleError
+from open_flamingo.train.data.samples import Counts, DataError, Drop, RawSample, Sample, SampleError
+from open_flamingo.train.data.tars import read_shard
 
 logger = logging.getLogger(__name__)
 
-RawSample = dict[str, Any]
 Cursor = tuple[int, int]
 
 # A shard of nothing but broken samples is the sign of a wrong data set, not of bad luck.
 FAILURES_IN_A_ROW = 100
+# Of the shuffle buffer of a lane: 500 LAION samples are 10 MB, 32 MMC4 documents too. Only large files come near it.
+BUFFER_BYTES = 256 << 20
 # What the randomness is for; the first element of each key, so that no two uses share numbers.
 PASS, DRAW, BUFFER, COIN, FLIP = range(5)
 
@@ -92,93 +88,10 @@ class Randomness:
         return uniform(FLIP, *self.key, image) < 0.5
 
 
-@dataclass
-class Counts:
-    """What did not become a sample, by reason: `dropped` on purpose, `errors` because something is broken."""
-
-    dropped: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    _named: set[str] = field(default_factory=set)
-
-    def error(self, reason: str, where: str, message: str) -> None:
-        """Counts an error. The first of each reason is also logged, so that there is one to look at."""
-        self.errors[reason] += 1
-        if reason not in self._named:
-            self._named.add(reason)
-            logger.warning("left out %s: %s (others of this kind are only counted)", where, message)
-
-    def take(self) -> Counts:
-        """The counts since the last `take`."""
-        taken = Counts(self.dropped, self.errors)
-        self.dropped, self.errors = Counter(), Counter()
-        return taken
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """A damaged header is an error; tarfile takes one that is not the first for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(str(error)) from error
-
-
-def _tar_members(stream: IO[bytes], url: str) -> Iterator[dict[str, Any]]:
-    """{"fname", "data", "__url__"} for each file of a tar stream, plain or compressed."""
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.isreg() else None
-            if file is not None and not member.name.startswith("__"):  # webdataset's own metadata
-                yield {"fname": member.name, "data": file.read(), "__url__": url}
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-
-
-def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
-    """The samples of a shard: consecutive files of one key, by lower-case suffix, undecoded.
-
-    Raises SampleError at the end of what can be read: the shard cannot be opened, is cut off or damaged, or the command that
-    pipes it failed.
-    """
-
-    def duplicate(error: Exception) -> bool:  # a second file of one name: keep the first
-        counts.error("duplicate_member", url, str(error))
-        return True
-
-    found = False
-    stream: Any = None
-    try:
-        stream = wds.gopen(url)
-        # A pipe looks at its command's status after each read, and raises even if there is more to read: how much would be
-        # seen of a shard depends on who is faster. So it is asked once, at the end.
-        set_options(stream, ignore_errors=True)
-        process = getattr(stream, "proc", None)
-        for sample in group_by_keys(_tar_members(stream, url), handler=duplicate):
-            found = True
-            yield sample
-        # To the very end, past tar's padding: a command that we leave while it writes fails for that alone.
-        while stream.read(1 << 20):
-            pass
-        if process is not None and process.wait() != 0:
-            raise OSError(f"the command ended with exit status {process.returncode}")
-    except (OSError, EOFError, tarfile.TarError, ValueError, RuntimeError) as error:  # zlib, lzma and curl among them
-        raise SampleError("damaged_shard" if found else "unreadable_shard", f"{url}: {error}") from error
-    finally:
-        _close_quietly(stream)
-
-
-def _close_quietly(stream: Any) -> None:
-    # What goes wrong here says nothing about what was read.
-    try:
-        if stream is not None:
-            stream.close()
-    except Exception as error:
-        logger.debug("closing %s: %s", stream, error)
-
-
 def shuffle(samples: Iterable[RawSample], size: int, key: tuple[object, ...]) -> Iterator[RawSample]:
     """`samples` through a buffer of `size`: each time one of it, drawn by `key` and the number of samples before it.
+
+    The buffer takes no more once it holds `BUFFER_BYTES`.
 
     What `samples` raises comes after the buffer has drained, so it cannot change which samples come before it.
     """
@@ -186,11 +99,12 @@ def shuffle(samples: Iterable[RawSample], size: int, key: tuple[object, ...]) ->
     buffer: list[RawSample] = []
     failure: SampleError | None = None
     exhausted = False
-    n = 0
+    n = held = 0
     while True:
-        while not exhausted and len(buffer) < max(1, size):
+        while not exhausted and (not buffer or (len(buffer) < size and held < BUFFER_BYTES)):
             try:
                 buffer.append(next(iterator))
+                held += _bytes(buffer[-1])
             except StopIteration:
                 exhausted = True
             except SampleError as error:
@@ -199,10 +113,15 @@ def shuffle(samples: Iterable[RawSample], size: int, key: tuple[object, ...]) ->
             break
         chosen = int(uniform(BUFFER, *key, n) * len(buffer))
         buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+        held -= _bytes(buffer[-1])
         yield buffer.pop()
         n += 1
     if failure is not None:
         raise failure
+
+
+def _bytes(sample: RawSample) -> int:
+    return sum(len(value) for value in sample.values())
 
 
 Prepare = Callable[[RawSample, Randomness, Counts], Sample]
@@ -274,6 +193,9 @@ class Lane:
                 self._failures = 0
             except SampleError as error:
                 self._failed(error, f"{url}#{raw['__key__']}")
+            except Exception as error:  # nothing that stands in one sample ends a run; a hundred in a row do
+                failure = SampleError("unexpected_error", f"{type(error).__name__}: {error}")
+                self._failed(failure, f"{url}#{raw['__key__']}")
             else:
                 yield n, sample
 

@@ -17,10 +17,14 @@ import logging
 import math
 import os
 import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -41,6 +45,8 @@ MIN_LANES = 16
 # Undecoded samples in the shuffle buffer of each open shard. About 10 MB a lane: LAION pictures are some 20 KB; MMC4 documents
 # some 300 KB, and can be many MB.
 SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}
+# How often, in seconds, it is seen to whether the workers live, while a batch is waited for.
+POLL = 5.0
 # How long a worker outlives a SIGTERM, in seconds: while the training process saves, it must not lose its workers.
 GRACE = 120
 
@@ -61,6 +67,8 @@ class DataOptions:
         shuffle_buffer: undecoded samples held for shuffling, in each lane; None for 500 (LAION) or 32 (MMC4). Memory is
             lanes ÷ (ranks × workers) of these in each process.
         prefetch: batches that the workers are ahead.
+        timeout: seconds without anything from a worker after which it counts as hung. More than three times `streams.STALL`, so
+            that what hangs is first tried again.
     """
 
     kind: str
@@ -76,6 +84,7 @@ class DataOptions:
     mmc4_min_num_images: int = 1
     shuffle_buffer: int | None = None
     prefetch: int = 2
+    timeout: float = 600.0
     rank: int = 0
     world_size: int = 1
 
@@ -286,6 +295,30 @@ def _terminate_later(signum: int, frame: Any) -> None:
     signal.alarm(GRACE)
 
 
+@contextmanager
+def _deaths_in_silence() -> Iterator[None]:
+    """Takes back the handler by which torch raises as soon as a worker dies: wherever the training is, in the middle of a save, say.
+
+    Here a dead worker is an error when its share is waited for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # torch sets none
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _manner_of_death(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"ended with exit status {exitcode}"
+    hint = ": is the machine out of memory?" if exitcode == -signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-exitcode).name}{hint}"
+
+
 class Loader:
     """Batches without end. Iterate it once; `close` it, or leave it with `with`, to stop its workers."""
 
@@ -293,6 +326,7 @@ class Loader:
         self.dataset = dataset
         self.options = dataset.options
         self.samples = dataset.state.samples
+        self._cursors = dict(dataset.state.cursors)
         self._pad_token_id = dataset.collate.pad_token_id
         self._pin = torch.cuda.is_available()
         workers = self.options.workers
@@ -302,39 +336,89 @@ class Loader:
             num_workers=workers,
             prefetch_factor=self.options.prefetch if workers else None,
             worker_init_fn=_start_worker if workers else None,
+            timeout=min(POLL, self.options.timeout) if workers else 0,
             # torch draws a seed for its workers: not from the generator that the training uses.
             generator=torch.Generator().manual_seed(0),
         )
-        self._shares: Iterator[_Share | _Failure] | None = iter(dataloader)
+        with _deaths_in_silence():
+            self._shares: Iterator[_Share | _Failure] | None = iter(dataloader)
+        self._workers: list[BaseProcess] = list(getattr(self._shares, "_workers", []))
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. Raises DataError if the data is too broken to go on."""
+        """The next batch.
+
+        Raises DataError if the data is too broken to go on, or if a worker died or gives nothing for `options.timeout` seconds.
+        """
         if self._shares is None:
             raise StopIteration
-        shares = []
-        for _ in range(max(1, self.options.workers)):
-            share = next(self._shares)
-            if isinstance(share, _Failure):
-                self.close()
-                raise DataError(share.message)
-            shares.append(share)
+        # torch gives the workers' shares in turn, beginning with the first worker's.
+        shares = [self._share(self._shares, worker) for worker in range(max(1, self.options.workers))]
         batch = self._join(shares)
         self.samples = batch.samples
+        self._cursors |= batch.cursors
         return batch
 
     def close(self) -> None:
         """Stops the workers."""
         # Its destructor shuts them down; torch has no other way to ask for it.
         self._shares = None
+        self._kill()  # those that did not heed it
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _share(self, shares: Iterator[_Share | _Failure], worker: int) -> _Share:
+        """The next one, which is `worker`'s."""
+        start = time.monotonic()
+        while True:
+            try:
+                share = next(shares)
+            except (
+                RuntimeError,
+                OSError,
+                EOFError,
+            ) as error:  # the last two where a worker died while it sent something
+                for number, process in enumerate(self._workers):
+                    if not process.is_alive():
+                        self._fail(self._name(number) + _manner_of_death(process.exitcode))
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if time.monotonic() - start >= self.options.timeout:
+                    self._fail(f"{self._name(worker)} hangs: it has given nothing for {self.options.timeout:g} seconds")
+            else:
+                if isinstance(share, _Failure):
+                    self.close()
+                    raise DataError(share.message)
+                return share
+
+    def _name(self, worker: int) -> str:
+        """Who a worker is, and where it reads, as far as the batches that came tell."""
+        options, processes = self.options, self.options.world_size * self.options.workers
+        process = worker * options.world_size + options.rank
+        lane = (self.samples + (process - self.samples) % processes) % options.lanes  # of its next sample
+        shard = self.dataset.order.url(lane, self._cursors.get(lane, (0, 0))[0])
+        return (
+            f"{options.kind} loader worker {worker} of rank {options.rank} (pid {self._workers[worker].pid}), which was up to "
+            f"{options.prefetch} batches beyond {shard} (lane {lane}), "
+        )
+
+    def _fail(self, message: str) -> NoReturn:
+        self._kill()  # first: torch waits five seconds for each that does not answer
+        self.close()
+        raise DataError(message) from None
+
+    def _kill(self) -> None:
+        for process in self._workers:
+            process.kill()  # a stopped process heeds nothing else
+        for process in self._workers:
+            process.join(POLL)  # not for ever: one that waits for a dead file server cannot even be killed
+        self._workers = []
 
     def _join(self, shares: list[_Share]) -> Batch:
         """Rows in the order of the run: they take turns among the workers, beginning where `samples` says."""
@@ -389,7 +473,7 @@ def build_loader(
         state: None, or empty, for a new run.
 
     Raises ValueError for options that do not fit together or a `state` of another number of lanes; the loader raises DataError when
-        100 samples in a row fail, or a whole pass over the shards yields none.
+        100 samples in a row fail, a whole pass over the shards yields none, or a worker dies or hangs.
     """
     processes = options.world_size * max(1, options.workers)
     if options.lanes % processes or options.batch_size % max(1, options.workers):

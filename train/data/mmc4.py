@@ -70,18 +70,23 @@ class Mmc4Preparer:
         if "json" not in raw:
             raise SampleError("no_json", "a document is one json file")
         try:
-            document = json.loads(raw["json"])
-        except ValueError as error:  # not JSON, or not UTF-8
+            # All numbers as floats: a number of a million digits takes hours to become an int.
+            document = json.loads(raw["json"], parse_int=float)
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a thousand brackets deep
             raise SampleError("bad_json", str(error)) from error
         try:
-            if "is_gpt" in document:
-                return True, *self._read_synthetic(document)
-            return False, *self._read_interleaved(document, counts)
+            synthetic = "is_gpt" in document
+            parts, images = self._read_synthetic(document) if synthetic else self._read_interleaved(document, counts)
+            for part in parts:
+                part.encode()  # a lone half of a surrogate pair (\ud800): no tokenizer takes it
+            return synthetic, parts, images
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise SampleError("bad_document", f"{type(error).__name__}: {error}") from error
 
     def _read_interleaved(self, document: dict[str, Any], counts: Counts) -> tuple[list[str], list[bytes]]:
         sentences, similarity, infos = document["text_list"], document["similarity_matrix"], document["image_info"]
+        if not isinstance(sentences, list):
+            raise TypeError("text_list is no list")
         usable = {}
         for i, info in enumerate(infos):
             if not info.get("image_base64"):  # it could not be downloaded

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
+
+RawSample = dict[str, Any]
 
 
 class Drop(Exception):
@@ -37,3 +44,25 @@ class Sample:
     images: list[np.ndarray]
     input_ids: list[int]
     key: str
+
+
+@dataclass
+class Counts:
+    """What did not become a sample, by reason: `dropped` on purpose, `errors` because something is broken."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    _named: set[str] = field(default_factory=set)
+
+    def error(self, reason: str, where: str, message: str) -> None:
+        """Counts an error. The first of each reason is also logged, so that there is one to look at."""
+        self.errors[reason] += 1
+        if reason not in self._named:
+            self._named.add(reason)
+            logger.warning("left out %s: %s (others of this kind are only counted)", where, message)
+
+    def take(self) -> Counts:
+        """The counts since the last `take`."""
+        taken = Counts(self.dropped, self.errors)
+        self.dropped, self.errors = Counter(), Counter()
+        return taken

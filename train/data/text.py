@@ -11,6 +11,8 @@ from typing import Any
 
 MEDIA_TOKEN = "<image>"
 EOC_TOKEN = "<|endofchunk|>"
+# Characters of a text that are looked at, 512 for each of 256 tokens. A tokenizer takes a second and 1 GB for a million.
+MAX_CHARACTERS = 1 << 17
 
 
 class TextEncoder:
@@ -33,17 +35,20 @@ class TextEncoder:
 
     def __call__(self, parts: list[str]) -> list[int]:
         """Ids of the text, at most `max_tokens`; a text that is cut has no `<|endofchunk|>` at its end."""
+        parts = [part[:MAX_CHARACTERS] for part in parts]
         if any(MEDIA_TOKEN in part or EOC_TOKEN in part for part in parts):
             return self._piece_by_piece(parts)
         # One call on the whole text: what a tokenizer makes of a text can depend on what stands before it.
         chunks = EOC_TOKEN.join(MEDIA_TOKEN + part for part in parts[1:])
         text = f"{parts[0]}{chunks}{EOC_TOKEN}{self.tokenizer.eos_token}"
-        return list(self.tokenizer(text, max_length=self.max_tokens, truncation=True).input_ids)
+        return list(self.tokenizer(text[:MAX_CHARACTERS], max_length=self.max_tokens, truncation=True).input_ids)
 
     def _piece_by_piece(self, parts: list[str]) -> list[int]:
         before, after = self._added_by_tokenizer()
         ids = list(before)
         for i, part in enumerate(parts):
+            if len(ids) >= self.max_tokens:
+                break
             if i > 0:
                 ids += [self.media_token_id]
             ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids

@@ -1,0 +1,143 @@
+"""A shard's URL → its bytes, decompressed. What stalls or fails is an OSError or EOFError, and little memory is ever taken."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import wait
+from typing import IO, Any
+
+import webdataset as wds
+
+# Seconds without a byte after which a pipe has stalled. All tries on a dead host take less than the loader's own time-out.
+STALL = 120.0
+# What may follow a tar's end in a pipe. Some write archives end to end; one that never ends must not be read for ever.
+MAX_REST = 64 << 20
+# `xz -9` needs 65 MB; a header can ask for 4 GB.
+MAX_XZ_MEMORY = 256 << 20
+CHUNK = 1 << 16
+
+GZIP, BZIP2, XZ, LZMA = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80"
+
+
+class ShardStream(io.RawIOBase):
+    """The bytes of a shard as they are stored: a file's, or those that a command writes (`pipe:`, and curl for `http(s)://`).
+
+    Raises OSError where it cannot be opened, and from `read` where nothing comes for `STALL` seconds.
+    """
+
+    _process: subprocess.Popen[bytes] | None = None
+    _stream: Any = None
+
+    def __init__(self, url: str) -> None:
+        # Unbuffered: a buffer would hide from `wait` that there is something to read.
+        self._stream = wds.gopen(url, bufsize=0)
+        self._process = getattr(self._stream, "proc", None)
+        # webdataset's own `read` looks at the command's status each time, and raises even if there is more to read: how much
+        # would be seen of a shard depended on who is faster. Here it is asked once, at the end.
+        self._file: IO[bytes] = self._stream if self._process is None else self._stream.stream
+        self._unread = b""
+
+    def begin(self) -> bytes:
+        """The first bytes, which are still to be read."""
+        while len(self._unread) < len(XZ):
+            self._wait()
+            data = self._file.read(len(XZ) - len(self._unread))
+            if not data:
+                break
+            self._unread += data
+        return self._unread
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._unread:
+            length = min(len(buffer), len(self._unread))
+            buffer[:length], self._unread = self._unread[:length], self._unread[length:]
+            return length
+        self._wait()
+        return self._file.readinto(buffer)  # type: ignore[attr-defined]
+
+    def _wait(self) -> None:
+        if self._process is not None and not wait([self._file], STALL):  # type: ignore[list-item]
+            raise OSError(f"nothing came for {STALL:g} seconds")
+
+    def finish(self) -> None:
+        """Reads on until the command ends: one that we leave while it writes fails for that alone.
+
+        Raises OSError if it fails, does not end, or writes more than `MAX_REST` after the archive.
+        """
+        if self._process is None:
+            return
+        rest = 0
+        while data := self.read(CHUNK):
+            rest += len(data)
+            if rest > MAX_REST:
+                raise OSError(f"more than {MAX_REST >> 20} MiB follow the archive")
+        try:
+            status = self._process.wait(STALL)
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"the command closed its output and did not end in {STALL:g} seconds") from error
+        if status != 0:
+            raise OSError(f"the command ended with exit status {status}")
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            if self._process is not None:
+                self._process.kill()  # closing waits for it, and it may have stalled
+            with suppress(Exception):  # that says nothing about what was read
+                self._stream.close()
+
+
+class _Decompressed(io.RawIOBase):
+    """What `stream` holds, never more of it at a time than is asked for; `new` makes a decompressor of bz2's or lzma's kind."""
+
+    def __init__(self, stream: IO[bytes], new: Callable[[], Any]) -> None:
+        self._stream = stream
+        self._new = new
+        self._decompressor = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._decompressor.eof:  # another one may follow
+                data = self._decompressor.unused_data or self._stream.read(CHUNK)
+                if not data:
+                    return 0
+                self._decompressor = self._new()
+            elif self._decompressor.needs_input:
+                data = self._stream.read(CHUNK)
+                if not data:
+                    raise EOFError("compressed data is cut off")
+            result = self._decompressor.decompress(data, len(buffer))
+            if result:
+                buffer[: len(result)] = result
+                return len(result)
+
+
+def decompressed(stream: ShardStream) -> IO[bytes]:
+    """`stream`, buffered, and decompressed if it begins as gzip, bzip2 or xz do."""
+    begin = stream.begin()
+    buffered = io.BufferedReader(stream, CHUNK)
+    if begin.startswith(GZIP):
+        return gzip.GzipFile(fileobj=buffered)  # type: ignore[return-value]
+    if begin.startswith(BZIP2):
+        return io.BufferedReader(_Decompressed(buffered, bz2.BZ2Decompressor), CHUNK)
+    if begin.startswith((XZ, LZMA)):
+        return io.BufferedReader(_Decompressed(buffered, _xz_decompressor), CHUNK)
+    return buffered
+
+
+def _xz_decompressor() -> Any:
+    import lzma  # some builds of Python lack it
+
+    return lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
