@@ -447,7 +447,7 @@ def check(args: argparse.Namespace) -> None:
     if args.save_checkpoints_to_wandb and args.checkpoint_format == "sharded":
         raise ValueError("--save_checkpoints_to_wandb uploads files: it needs --checkpoint_format file")
     if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
-        raise ValueError("--fsdp_shard_size needs --fsdp --fsdp_sharding_strategy hybrid")
+        raise ValueError(f"--fsdp_shard_size {args.fsdp_shard_size} needs --fsdp --fsdp_sharding_strategy hybrid")
 
 
 def check_numbers(args: argparse.Namespace, kinds: list[str]) -> None:
@@ -504,12 +504,12 @@ def check_run_folder(run_name: str) -> None:
 def check_checkpoint(path: str) -> None:
     """ValueError, naming --resume_from_checkpoint, where there is no checkpoint at `path`."""
     flag = "--resume_from_checkpoint"
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():
         if not (Path(path) / SHARDED_STATE).is_file():
             raise ValueError(
                 f"{flag}: the folder {path} is not a checkpoint: give a file, or a folder with a {SHARDED_STATE} in it"
             )
-    elif not path or not Path(path).exists():
+    elif not Path(path).is_file():
         raise ValueError(
             f"{flag}: no such file: {path!r}; without this flag a run goes on from its own newest checkpoint"
         )
