@@ -1,0 +1,253 @@
+"""This program, as a child process: see child.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this checkout, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import open_flamingo
+
+    open_flamingo.__path__.append(sys.path[0])
+
+import argparse
+import functools
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import open_flamingo.flamingo
+from benchmarks.backbones import set_weights, vision_config, without_weights
+from benchmarks.child import serve
+from benchmarks.parts import Parts, matrix_rate, peak_memory
+from benchmarks.shapes import SHAPES
+from open_flamingo import create_model_and_transforms
+from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train.arguments import build_parser
+from open_flamingo.train.data.images import normalization
+from open_flamingo.train.data.loader import Batch
+from open_flamingo.train.distributed import distributed, find_place
+from open_flamingo.train.labels import laion_labels, mmc4_labels
+from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+from open_flamingo.train.parallel import compile_blocks, parallelise
+from open_flamingo.train.precision import build_loss_scaler, hold_weights
+from open_flamingo.train.resume import Plan, snapshot
+from open_flamingo.train.sharded import ShardedSaver
+from open_flamingo.train.step import Source, train_update
+
+
+class Fed:
+    """In the place of a `Loader`: gives the same batches again and again."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+        self.rewind()
+
+    def rewind(self) -> None:
+        self._iterator = self._endless()
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+
+def to_batch(kind: str, rows: dict[str, Tensor], ids: tuple[int, int, int], pin: bool) -> Batch:
+    """As the loader's workers make one. `ids`: of `<image>`, `<|endofchunk|>` and padding."""
+    media_id, eoc_id, pad_id = ids
+    input_ids, counts = rows["input_ids"], rows["image_counts"].tolist()
+    if kind == "laion":
+        labels = laion_labels(input_ids, media_id, pad_id)
+    else:
+        labels = mmc4_labels(input_ids, media_id, eoc_id, pad_id)
+    images = rows["images"][:, : max(counts)].contiguous()
+    return Batch(
+        images=images.pin_memory() if pin else images,
+        image_counts=counts,
+        input_ids=input_ids.pin_memory() if pin else input_ids,
+        attention_mask=(input_ids != pad_id).long(),
+        labels=labels.pin_memory() if pin else labels,
+        keys=["made up"] * len(input_ids),
+        cursors={},
+        samples=0,
+        dropped=Counter(),
+        errors=Counter(),
+    )
+
+
+class Ours:
+    """The model, the optimiser and the sources, as `train.train` builds them."""
+
+    def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
+        folder, shape = Path(args.folder), SHAPES[args.shape]
+        flags = [f"--precision={args.precision}", "--run_name", str(folder / "run-ours")]
+        flags += ["--loss_multiplier_laion=0.2", "--warmup_steps=0"]
+        self.args = build_parser().parse_args(flags)
+        self.folder = folder / "run-ours"
+        self.world = stack.enter_context(
+            distributed(find_place(False), "env://", "nccl", True, group_of_one=args.group)
+        )
+        device = self.world.device
+        torch.manual_seed(0)
+        with without_weights(), device:
+            self.model, image_processor, tokenizer = create_model_and_transforms(
+                str(vision_config(folder, shape)),
+                None,
+                str(folder / "language"),
+                cross_attn_every_n_layers=shape.cross_attn_every_n_layers,
+                use_local_files=True,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
+        self.model.to(device)
+        set_weights(self.model)
+        hold_weights(self.model, args.precision)
+        self.step_model = parallelise(self.model, self.world)
+        self.step_model.train()
+        if args.compile:
+            compile_blocks(self.model)
+        self.optimizer = build_optimizer(self.model, args.learning_rate, weight_decay=0.1)
+        self.scaler = build_loss_scaler(args.precision, device)
+        self.scheduler = build_scheduler(self.optimizer, "constant", 0, total_updates=10**9)
+        ids = self.model.media_token_id, self.model.eoc_token_id, tokenizer.pad_token_id
+        self._to_batch = functools.partial(to_batch, ids=ids, pin=device.type == "cuda")
+        self.loaders = {kind: Fed([]) for kind in ("laion", "mmc4")}
+        self.use_batches(folder / args.batches)
+        self.sources = [
+            Source(kind, weight, self.loaders[kind], normalization(image_processor), device)  # type: ignore[arg-type]
+            for kind, weight in (("laion", 0.2), ("mmc4", 1.0))
+        ]
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+
+    # ---------------------------------------------------------------- what is asked
+
+    def functions(self) -> list[Callable[..., Any]]:
+        return [
+            self.steps,
+            self.losses,
+            self.parts,
+            self.memory,
+            self.reset_memory,
+            self.rate,
+            self.save,
+            self.use_batches,
+        ]
+
+    def _update(self) -> None:
+        train_update(
+            self.step_model, self.optimizer, self.scheduler, self.sources, 1, self.args.precision, self.scaler
+        )
+
+    def use_batches(self, file: str | Path) -> None:
+        batches = torch.load(file)
+        for kind, loader in self.loaders.items():
+            loader.batches = [self._to_batch(kind, batch[kind]) for batch in batches]
+            loader.rewind()
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def steps(self, count: int) -> float:
+        """Seconds for `count` updates."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            self._update()
+        self._wait()
+        return time.perf_counter() - start
+
+    def losses(self, count: int, rewind: bool = False) -> list[list[float]]:
+        """LAION's and MMC4's unweighted loss of each of `count` updates."""
+        if rewind:
+            for loader in self.loaders.values():
+                loader.rewind()
+        result = []
+        for _ in range(count):
+            for source in self.sources:
+                source.reset()
+            self._update()
+            result.append([source.loss.item() for source in self.sources])
+        return result
+
+    def parts(self, count: int) -> dict[str, float]:
+        """Seconds of an update, by part."""
+        parts = Parts(self.world.device)
+        with ExitStack() as stack:
+            stack.enter_context(
+                patch("open_flamingo.flamingo.patch_tokens", parts.vision(open_flamingo.flamingo.patch_tokens))
+            )
+            for source in self.sources:
+                stack.enter_context(patch.object(source, "loader", parts.data(source.loader)))
+            stack.enter_context(parts.watching(self.model, self.optimizer))
+            for _ in range(count):
+                self._update()
+        return parts.each(count)
+
+    def memory(self) -> int:
+        return peak_memory(self.world.device)
+
+    def reset_memory(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def rate(self, dtype: str) -> float:
+        return matrix_rate(self.world.device, getattr(torch, dtype))
+
+    def save(self, sharded: bool) -> dict[str, float]:
+        """Seconds that the loop stands still for a checkpoint, seconds until it is on disk, and its bytes."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        plan = Plan({}, 10**6, 1)
+        saver = ShardedSaver(only_newest=False) if sharded else None
+        path = checkpoints.epoch_end_path(self.folder, 0, sharded)
+        self._wait()
+        start = time.perf_counter()
+        state = snapshot(
+            self.args, self.world, plan, 16, 1, self.model, self.optimizer, self.scheduler, self.sources, self.scaler,
+            with_tensors=not sharded,
+        )  # fmt: skip
+        assert state is not None
+        if saver is None:
+            checkpoints.save(state, path)
+        else:
+            saver.save(self.model, self.optimizer, state, path)
+        self._wait()
+        standstill = time.perf_counter() - start
+        if saver is not None:
+            saver.finish()
+        done = time.perf_counter() - start
+        files = path.rglob("*") if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
+        shutil.rmtree(self.folder)
+        return {"standstill": standstill, "on_disk": done, "bytes": size}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="backbones and batches")
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--batches", default="batches.pt")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--group", action="store_true", help="make a process group of one: sharded checkpoints need it")
+    args = parser.parse_args()
+    with ExitStack() as stack:
+        serve(lambda: Ours(args, stack).functions())
+
+
+if __name__ == "__main__":
+    main()

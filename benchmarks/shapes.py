@@ -1,0 +1,226 @@
+"""What is measured: model and batch shapes, and the floating-point operations that one update of them needs.
+
+Dimensions: R rows, T tokens a row, S image slots a row, V patch tokens an image, L latents an image, E image width, D text
+width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LATENTS, INNER, RESAMPLER_DEPTH, FF_MULT = 64, 512, 6, 4
+"""Of the resampler and of gated cross-attention, in both programs: latents an image, heads × width of a head, layers, and
+the feed-forward's inner width ÷ its outer."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One dataset's batch.
+
+    rows: R.
+    tokens: T, all of them real.
+    slots: S, of the reference's padded image tensor.
+    images: of each row; repeated from its start where there are more rows.
+    """
+
+    rows: int
+    tokens: int
+    slots: int
+    images: tuple[int, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        return [self.images[row % len(self.images)] for row in range(self.rows)]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batches.
+
+    vision: OpenCLIP's `vision_cfg` of a ViT.
+    language: Hugging Face config with its `model_type`; its matrices have `vocabulary` rows, new tokens included.
+    """
+
+    name: str
+    vision: dict[str, Any]
+    language: dict[str, Any]
+    vocabulary: int = 50_432
+    cross_attn_every_n_layers: int = 1
+    laion: Text = Text(8, 32, 1, (1,))
+    mmc4: Text = Text(4, 256, 6, (4, 3, 2, 1))
+
+    @property
+    def samples(self) -> int:
+        """Pairs and documents an update."""
+        return self.laion.rows + self.mmc4.rows
+
+    @property
+    def tokens(self) -> int:
+        return self.laion.rows * self.laion.tokens + self.mmc4.rows * self.mmc4.tokens
+
+    def times(self, factor: int) -> Shape:
+        """The same with `factor` times as many rows."""
+        laion, mmc4 = (replace(text, rows=text.rows * factor) for text in (self.laion, self.mmc4))
+        return replace(self, laion=laion, mmc4=mmc4)
+
+
+def vit(width: int, layers: int, patch: int, size: int = 224, head: int = 64) -> dict[str, Any]:
+    return {"image_size": size, "layers": layers, "width": width, "patch_size": patch, "head_width": head}
+
+
+def gpt_neox(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_neox",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": 2048,
+        "use_parallel_residual": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    }
+
+
+def mpt(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {"model_type": "mpt", "d_model": width, "n_layers": layers, "n_heads": heads, "max_seq_len": 2048}
+
+
+# The batch of the published recipes, on each GPU, with 3 images a document.
+RECIPE = {"laion": Text(64, 32, 1, (1,)), "mmc4": Text(32, 256, 6, (1, 2, 3, 4, 5, 3))}
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(
+            "toy",  # for the tests of this package
+            vit(64, 2, 32, size=64, head=32),
+            gpt_neox(64, 2, 2),
+            vocabulary=1000,
+            laion=Text(2, 16, 1, (1,)),
+            mmc4=Text(2, 32, 3, (2, 1)),
+        ),
+        Shape("small", vit(384, 6, 32), gpt_neox(512, 8, 8)),
+        Shape("mid", vit(768, 12, 32), gpt_neox(512, 8, 8)),
+        Shape("3b", vit(1024, 24, 14), mpt(2048, 24, 16), **RECIPE),  # type: ignore[arg-type]
+        Shape("4b", vit(1024, 24, 14), gpt_neox(2560, 32, 32), cross_attn_every_n_layers=2, **RECIPE),  # type: ignore[arg-type]
+        Shape("9b", vit(1024, 24, 14), mpt(4096, 32, 32), cross_attn_every_n_layers=4, **RECIPE),  # type: ignore[arg-type]
+    )
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def draw_batches(shape: Shape, media_id: int, eoc_id: int, count: int, seed: int = 0) -> list[dict[str, dict[str, Tensor]]]:
+    """Random batches of full rows: `{"laion" | "mmc4": {"images", "input_ids", "image_counts"}}` each.
+
+    images: uint8 [R, S, 3, size, size], zeros in slots without one. input_ids: long[R, T], with `<image>` where the first
+    images stand, each followed by its text and `<|endofchunk|>`; a document has some text before its first image.
+    image_counts: long[R].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "laion": _draw(shape, shape.laion, media_id, eoc_id, 0, generator),
+            "mmc4": _draw(shape, shape.mmc4, media_id, eoc_id, shape.mmc4.tokens // 8, generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def _draw(
+    shape: Shape, text: Text, media_id: int, eoc_id: int, before: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    size = shape.vision["image_size"]
+    input_ids = torch.randint(1, shape.vocabulary - 3, (text.rows, text.tokens), generator=generator)
+    images = torch.zeros(text.rows, text.slots, 3, size, size, dtype=torch.uint8)
+    for row, count in enumerate(text.counts):
+        images[row, :count] = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+        room = (text.tokens - before) // count
+        for image in range(count):
+            input_ids[row, before + image * room] = media_id
+            if image:
+                input_ids[row, before + image * room - 1] = eoc_id
+        input_ids[row, -1] = eoc_id
+    return {"images": images, "input_ids": input_ids, "image_counts": torch.tensor(text.counts)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operations that the mathematics needs
+
+
+def needed_flops(shape: Shape, batch: dict[str, dict[str, Tensor]], media_id: int) -> dict[str, float]:
+    """Floating-point operations of the matrix products that one update on `batch` needs, by part; a product of m × k
+    and k × n is 2·m·k·n.
+
+    - vision: real images only, and forward only, since nothing before or in it is trained.
+    - resampler: real images, forward and twice that backward (gradients of inputs and of weights), since all of it is
+      trained.
+    - gated cross-attention: the same, for every token; each token attends to the latents of one image.
+    - language model: forward once and backward once, since frozen weights need no gradient of their own. Causal attention
+      is counted over the half that is not masked, forward once and backward twice.
+    - head: forward and backward, at the positions that have a label.
+
+    Recomputing, padding, masked products and gradients of frozen weights are not needed, so not counted. Neither are
+    elementwise operations, which are no matrix products.
+    """
+    totals = dict.fromkeys(("vision", "resampler", "gated cross-attention", "language model", "head"), 0.0)
+    for kind in ("laion", "mmc4"):
+        for part, flops in _flops_of(shape, batch[kind], kind == "mmc4", media_id).items():
+            totals[part] += flops
+    return totals
+
+
+def _flops_of(shape: Shape, rows: dict[str, Tensor], interleaved: bool, media_id: int) -> dict[str, float]:
+    input_ids, images = rows["input_ids"], float(rows["image_counts"].sum())
+    tokens = float(input_ids.numel())
+    with_image = float(((input_ids == media_id).cumsum(1) > 0).sum())  # tokens
+    # Labels are of all tokens from the first <image> on but <image> itself; documents here have no text between
+    # <|endofchunk|> and the next <image>. A label at a row's first token has nothing before it that predicts it.
+    labelled = float((((input_ids == media_id).cumsum(1) > 0) & (input_ids != media_id))[:, 1:].sum())
+
+    width, patch = shape.vision["width"], shape.vision["patch_size"]
+    patches = (shape.vision["image_size"] // patch) ** 2
+    positions = patches + 1  # and the class token
+    vision = 2 * patches * 3 * patch**2 * width
+    vision += shape.vision["layers"] * (2 * positions * 12 * width**2 + 4 * positions**2 * width)
+
+    keys = patches + LATENTS
+    resampler = RESAMPLER_DEPTH * (
+        2 * LATENTS * width * INNER * 2  # queries, and the way out
+        + 2 * keys * width * 2 * INNER  # keys and values
+        + 4 * LATENTS * keys * INNER  # attention
+        + 4 * LATENTS * width * FF_MULT * width
+    )
+
+    dim, layers, vocabulary = language_sizes(shape)
+    gated = layers // shape.cross_attn_every_n_layers
+    cross_attention = gated * (
+        2 * tokens * dim * INNER * 2
+        + 2 * images * LATENTS * width * 2 * INNER
+        + 4 * with_image * LATENTS * INNER
+        + 4 * tokens * dim * FF_MULT * dim
+    )
+    linear = layers * 2 * tokens * 12 * dim**2
+    attention = layers * 4 * dim * len(input_ids) * input_ids.shape[1] * (input_ids.shape[1] + 1) / 2
+    return {
+        "vision": vision * images,
+        "resampler": 3 * resampler * images,
+        "gated cross-attention": 3 * cross_attention,
+        "language model": 2 * linear + 3 * attention,
+        "head": 2 * 2 * labelled * dim * vocabulary,
+    }
+
+
+def language_sizes(shape: Shape) -> tuple[int, int, int]:
+    """D, decoder layers, vocabulary."""
+    config = shape.language
+    dim = config.get("hidden_size") or config["d_model"]
+    layers = config.get("num_hidden_layers") or config["n_layers"]
+    return dim, layers, shape.vocabulary
