@@ -13,6 +13,7 @@ import pytest
 
 from open_flamingo.train import arguments
 from open_flamingo.train.arguments import build_parser, parse_args
+from open_flamingo.train.train import main
 from tests.tiny import ROOT, write_backbones
 
 WHOLE_FROM_1 = "must be a whole number of at least 1"
@@ -234,6 +235,29 @@ def test_a_language_model_without_a_tokenizer_asks_for_one(refusal, tmp_path: Pa
     line = refusal(f"--lm_path={model}")
     assert "--tokenizer_path (not given, so that of --lm_path)" in line
     assert str(model) in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--vision_encoder_pretrained", "openia", "neither a file nor an OpenCLIP weight tag of"),
+        ("--vision_encoder_pretrained", "{tmp}/not.pt", "do not fit the vision encoder"),
+        ("--lm_path", "no/such-model", "--tokenizer_path, by default that of --lm_path"),
+        ("--cross_attn_every_n_layers", "3", "must be 1 to 2 for this model, not 3"),
+    ],
+)
+def test_what_only_the_backbones_can_tell(
+    flag: str, value: str, says: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1: the ranks have met, so it is no longer a matter of one process and its command line."""
+    (tmp_path / "not.pt").write_bytes(b"not weights")
+    value = value.replace("{tmp}", str(tmp_path))
+    with pytest.raises(SystemExit) as refused:
+        main([*flags, f"--run_name={tmp_path / 'run'}", f"{flag}={value}"])
+    assert refused.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "cannot build the model" in line]
+    for part in (flag.removeprefix("--"), value, says):
+        assert part in line
 
 
 def test_what_is_right_is_not_refused(shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
