@@ -11,7 +11,7 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.distributed import distributed, find_place
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-from open_flamingo.train.parallel import parallelise, rehearse
+from open_flamingo.train.parallel import made_up_sample, parallelise, rehearse
 from open_flamingo.train.step import Source, train_update
 from open_flamingo.train.train import data_options
 
@@ -44,7 +44,7 @@ def main() -> None:
 
         parallel_model.register_comm_hook(None, count)
         image = image_processor(Image.new("RGB", (64, 64)))
-        rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id)
+        rehearse(parallel_model, made_up_sample(image, model.media_token_id, model.eoc_token_id))
         for _ in range(2):
             buckets.clear()
             train_update(parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, "fp32")

@@ -16,7 +16,7 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.distributed import World, distributed, find_place, sum_over_ranks
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-from open_flamingo.train.parallel import Sharding, compile_blocks, parallelise, rehearse
+from open_flamingo.train.parallel import Sharding, compile_blocks, made_up_sample, parallelise, rehearse
 from open_flamingo.train.precision import build_loss_scaler, hold_weights
 from open_flamingo.train.step import Source, train_update
 from open_flamingo.train.train import data_options
@@ -71,7 +71,7 @@ def train(args, world: World, precision: str, fsdp: bool, compiled: bool) -> Non
         for name, option in data_options(args, world, None).items()
     ]
     image = image_processor(Image.new("RGB", (64, 64)))
-    rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id, precision)
+    rehearse(parallel_model, made_up_sample(image, model.media_token_id, model.eoc_token_id), precision)
     if compiled:
         compile_blocks(model)
 

@@ -112,7 +112,7 @@ def test_fp16_skips_what_overflows_and_goes_on_bit_for_bit(
     lines = metrics(whole)
     assert lines[0]["updates_skipped"] == 1  # the float16 gradients of the loss overflow
     assert lines[0]["grad_scale"] == 2.0**19
-    assert not torch.tensor(lines[0]["grad_norm"]).isfinite()
+    assert lines[0]["grad_norm"] is None  # not finite
     assert 1 < lines[-1]["updates_skipped"] < 9
     scales = [line["grad_scale"] for line in lines]
     assert any(after > before for before, after in itertools.pairwise(scales))

@@ -58,9 +58,10 @@ def write_backbones(folder: Path) -> list[str]:
     ]
 
 
-def torchrun(processes: int, program: str | Path, *arguments: str) -> subprocess.Popen[str]:
+def torchrun(processes: int, program: str | Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
     """Starts `program` under torchrun, in a process group of its own, meeting on a port that was free."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(program), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(

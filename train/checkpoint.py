@@ -13,6 +13,7 @@ parameters under the reference's names), `optimizer_state_dict`, `lr_scheduler_s
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -31,7 +32,8 @@ _EPOCH_END = re.compile(r"checkpoint_(\d+)(\.pt)?")
 _WITHIN_EPOCH = re.compile(r"epoch_(\d+)_step_(\d+)(\.pt)?")
 KEEP_WITHIN_EPOCH = 2
 SHARDED_STATE = "state.pt"
-"""Of a sharded checkpoint's folder, the file that holds all but the tensors."""
+SUMS = "SHA256SUMS"
+"""Of a sharded checkpoint's folder, the file that holds all but the tensors, and that of all checksums."""
 
 
 def epoch_end_path(folder: Path, epoch: int, sharded: bool = False) -> Path:
@@ -43,12 +45,19 @@ def within_epoch_path(folder: Path, epoch: int, step: int, sharded: bool = False
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Writes `checkpoint` so that `path` is at every moment either the old file, absent, or the new one whole."""
+    """Writes `checkpoint` so that `path` is at every moment either the old file, absent, or the new one whole.
+
+    Raises OSError where there is no room, or no way to write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            torch.save(checkpoint, file)
-            file.flush()
+            try:
+                torch.save(checkpoint, file)  # a zip archive, with a checksum of each tensor: see `verify`
+                file.flush()
+            except RuntimeError as error:  # torch's own way to say that a write failed
+                reason = error.__context__ if isinstance(error.__context__, OSError) else str(error).splitlines()[0]
+                raise OSError(f"{path}: {reason}") from error
             os.fsync(file.fileno())
             os.chmod(file.name, 0o666 & ~_umask())  # mkstemp makes it private; a checkpoint is like any other file
             os.replace(file.name, path)
@@ -71,6 +80,45 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Writes the checksums of the files of a sharded checkpoint, as `sha256sum --check` reads them."""
+    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    (folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+
+
+def verify(path: Path) -> None:
+    """Compares what lies on disk with the checksums that were stored when it was written.
+
+    A file's are those of a zip archive, of which `torch.save` makes an entry of each tensor. Files of before torch 1.6 have
+    none.
+
+    Raises ValueError, naming the file, where a byte has changed or is missing.
+    """
+    damaged = f"{path} is damaged"
+    try:
+        if path.is_dir():
+            sums = dict(reversed(line.split("  ", 1)) for line in (path / SUMS).read_text().splitlines())
+            for name, expected in sums.items():
+                if sha256(path / name) != expected:
+                    raise ValueError(f"{damaged}: {name} is not what was written")
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (wrong := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged}: {wrong} in it is not what was written")
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged archive makes zipfile raise almost anything
+        raise ValueError(f"{damaged}: {error or type(error).__name__}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -114,6 +162,7 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of `folder` that can be read, with its path; what cannot be read is named and skipped."""
     for path in newest_first(folder):
         try:
+            verify(path)
             return path, load(path)
         except ValueError as error:
             log.warning("%s; going back to the one before it", error)

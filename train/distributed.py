@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -213,7 +214,12 @@ def _in_words(url: str) -> str:
 
 @contextmanager
 def distributed(
-    place: Place, dist_url: str, backend: str, set_device: bool = True, group_of_one: bool = False
+    place: Place,
+    dist_url: str,
+    backend: str,
+    set_device: bool = True,
+    group_of_one: bool = False,
+    timeout: float = 600,
 ) -> Iterator[World]:
     """Joins the process group of the run for the length of the `with`.
 
@@ -223,6 +229,7 @@ def distributed(
         backend: of the process group on GPUs; on the CPU it is gloo.
         set_device: whether a process takes the GPU of its local rank, or the first.
         group_of_one: whether a single process gets a group, which sharding needs. Otherwise it has none.
+        timeout: seconds that a rank waits for the others, here and in every collective.
 
     Raises ValueError where there is no meeting point, or no GPU for this process.
     """
@@ -245,6 +252,7 @@ def distributed(
         backend=backend if device.type == "cuda" else "gloo",
         rank=place.rank,
         world_size=place.world_size,
+        timeout=timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" and backend == "nccl" else None,
         **how,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,28 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     # Fused: one pass over all tensors; the same numbers on every run, which resuming bit for bit needs.
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+@torch.no_grad()
+def clipped_step(
+    optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float, scale: torch.Tensor | float = 1.0
+) -> None:
+    """A step on gradients divided by `scale` and clipped to a global norm of `max_norm`, in one pass over them.
+
+    Changes neither weights nor moments where `norm` is not finite; all of it is decided on the device.
+
+    Args:
+        optimizer: a fused one of torch's.
+        norm: of all gradients together, once divided by `scale`, float32 [], the same on every rank.
+    """
+    norm = norm.float()
+    fused: Any = optimizer
+    fused.grad_scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)  # what it divides gradients by
+    fused.found_inf = (~norm.isfinite()).float()  # 1: do nothing
+    try:
+        optimizer.step()
+    finally:
+        del fused.grad_scale, fused.found_inf
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -143,24 +143,41 @@ def place(unit: nn.Module, model: nn.Module, world: World) -> None:
                     owned[name] = placed[id(owned[name])]
 
 
-def rehearse(model: nn.Module, image: Tensor, media_token_id: int, eoc_token_id: int, precision: str = "fp32") -> None:
-    """One pass over a made-up sample whose gradients are thrown away: call it once, before the first update.
-
-    After its first backward pass, DDP lays its buckets out anew, in the order in which the gradients came. With more
-    than two ranks, the layout decides in which order gradients are added up; so without this, the first update after
-    a resume would differ in its last bits from the same update of a run that was not stopped.
+def made_up_sample(image: Tensor, media_token_id: int, eoc_token_id: int) -> dict[str, Tensor]:
+    """The smallest sample that reaches every trained parameter, for `rehearse` and `synchronise`.
 
     Args:
         image: float32 [3, H, W], as the vision encoder takes them.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return
     tokens = torch.tensor([[media_token_id, eoc_token_id]])
+    return {"vision_x": image[None, None, None], "lang_x": tokens, "labels": tokens}
+
+
+def synchronise(model: nn.Module, sample: dict[str, Tensor], precision: str = "fp32") -> None:
+    """Averages the gradients over the ranks as they are: one pass over a made-up sample whose own gradients are 0.
+
+    For when the pass that should have averaged them is left out: DDP and FSDP do it within backward passes only.
+    """
+    if not isinstance(model, (DistributedDataParallel, FSDPModule)):
+        return
     device = next(model.parameters()).device
-    with autocast(precision, device):
-        loss = model(vision_x=image.to(device)[None, None, None], lang_x=tokens.to(device), labels=tokens).loss
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+    with gradient_sync(model, synchronise=True):
+        with autocast(precision, device):
+            inputs = {name: value if name == "labels" else value.to(device) for name, value in sample.items()}
+            loss = model(**inputs).loss
+        (0 * loss).backward()
+
+
+def rehearse(model: nn.Module, sample: dict[str, Tensor], precision: str = "fp32") -> None:
+    """Call it once, before the first update: a backward pass whose gradients are thrown away.
+
+    After its first backward pass, DDP lays its buckets out anew, in the order in which the gradients came. With more
+    than two ranks, the layout decides in which order gradients are added up; so without this, the first update after
+    a resume would differ in its last bits from the same update of a run that was not stopped.
+    """
+    if isinstance(model, DistributedDataParallel):
+        synchronise(model, sample, precision)
+        model.zero_grad(set_to_none=True)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ Embeddings, norms and the output head are bfloat16 only in bf16; the loss is com
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import output_head
+from open_flamingo.train.optimizer import clipped_step
 
 # What autocast computes products in. (bf16 has no autocast: there, everything is in it to begin with.)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -111,14 +111,7 @@ class LossScaler:
         """
         norm = scaled_norm.float() / self.scale
         overflow = ~norm.isfinite()
-        fused: Any = optimizer
-        fused.grad_scale = self.scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)  # what it divides gradients by
-        fused.found_inf = overflow.float()  # 1: do nothing
-        try:
-            optimizer.step()
-        finally:
-            del fused.grad_scale, fused.found_inf
-
+        clipped_step(optimizer, norm, max_norm, self.scale)
         good_updates = self.good_updates + 1
         grown = good_updates >= GROWTH_INTERVAL
         factor = torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))

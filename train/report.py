@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -91,20 +92,31 @@ def describe(
 
 
 def measure(
-    world: World, sources: list[Source], gradient_norm: torch.Tensor, learning_rate: float, seconds: float
+    world: World, sources: list[Source], gradient_norm: torch.Tensor | None, learning_rate: float, seconds: float
 ) -> dict[str, Any]:
-    """The values of a log line, of the `seconds` since the last one. The only place that waits for the device."""
+    """The values of a log line, of the `seconds` since the last one; None for what is not finite, or was left out."""
     losses = sum_over_ranks(torch.stack([source.loss / source.forwards for source in sources])) / world.world_size
     counts = gather_objects({source.kind: (source.dropped, source.errors) for source in sources})
-    values: dict[str, Any] = {"lr": learning_rate, "grad_norm": gradient_norm.item()}
+    values: dict[str, Any] = {
+        "lr": learning_rate,
+        "grad_norm": None if gradient_norm is None else _finite(gradient_norm.item()),
+    }
     values["data_wait"] = sum(source.seconds_waited for source in sources) / seconds
     for source, loss in zip(sources, losses.tolist(), strict=True):
-        values[f"loss_{source.kind}"] = loss
+        values[f"loss_{source.kind}"] = _finite(loss)
         values[f"samples_per_second_{source.kind}"] = source.samples * world.world_size / seconds
         values[f"dropped_{source.kind}"] = dict(sum((rank[source.kind][0] for rank in counts), Counter()))
         values[f"errors_{source.kind}"] = dict(sum((rank[source.kind][1] for rank in counts), Counter()))
         source.reset()
     return values
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 class Reporter:
@@ -168,8 +180,11 @@ class Reporter:
             return
         line = {"step": step, "epoch": round(step / self._updates_per_epoch, 4), **values}
         assert self._metrics is not None
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+        except OSError as error:  # no room; the training matters more
+            log.warning("metrics.jsonl cannot be written: %s", error)
         progress, counts = self._describe(line)
         left = f"left {timedelta(seconds=round(line['seconds_left']))}"
         log.info("%s", " | ".join([f"step {step:,}/{self._total_steps:,}", *progress, left, *counts]))
@@ -190,8 +205,8 @@ class Reporter:
         """The parts of a log line: how training goes, and what was left out of the data."""
         kinds = [name[5:] for name in line if name.startswith("loss_")]
         progress = [f"epoch {line['epoch']:.2f}"]
-        progress += [f"{kind} loss {line[f'loss_{kind}']:.4f}" for kind in kinds]
-        progress += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}"]
+        progress += [f"{kind} loss {_number(line[f'loss_{kind}'], '.4f')}" for kind in kinds]
+        progress += [f"grad {_number(line['grad_norm'], '.3f')}", f"lr {line['lr']:.2e}"]
         if "grad_scale" in line:
             progress += [f"scale {line['grad_scale']:g}, {line['updates_skipped']:,} skipped"]
         progress += [f"{kind} {line[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
@@ -200,6 +215,8 @@ class Reporter:
         for kind in kinds:
             if dropped := line[f"dropped_{kind}"]:
                 counts.append(f"{kind} dropped: {count_line(dropped)}")
+            if bad := line.get(f"bad_batches_{kind}"):
+                counts.append(f"{kind} BATCHES NOT FINITE: {bad:,}")
             if errors := line[f"errors_{kind}"]:
                 counts.append(f"{kind} ERRORS: {count_line(errors)}")
         return progress, counts

@@ -182,10 +182,13 @@ def _choose(args: argparse.Namespace) -> Path | None:
     for path in checkpoints.newest_first(folder):
         try:
             if checkpoints.load(path).get("started_from") == args.resume_from_checkpoint:
+                checkpoints.verify(path)
                 return path
         except ValueError as error:
             log.warning("%s; going back to the one before it", error)
-    return Path(args.resume_from_checkpoint)
+    path = Path(args.resume_from_checkpoint)
+    checkpoints.verify(path)
+    return path
 
 
 def _check(args: argparse.Namespace, path: Path, changes: Any) -> None:

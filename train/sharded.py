@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied, input_embedding
 from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train.distributed import on_main, together
 from open_flamingo.train.optimizer import parameter_names
 from open_flamingo.weights import ROWS, embedding_name, head_name, is_kept
 
@@ -77,20 +78,22 @@ class ShardedSaver:
         self._only_newest = only_newest
         self._written: Future[Any] | None = None
         self._in_place = threading.Event()
+        self._failure: Exception | None = None  # of putting it in place
 
     def save(self, model: Flamingo, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:
-        """Starts to write; returns once the tensors are copied to host memory.
+        """Starts to write; returns once the tensors are copied to host memory. Call `finish` before.
 
         Args:
             state: what is not a tensor, on rank 0; None on others.
+
+        Raises OSError, on every rank, where the folder cannot be made.
         """
-        self.finish()
         beside = path.with_name(f".{path.name}.saving")
-        if state is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            checkpoints.save(state | {"layout": layout(model, optimizer)}, beside / checkpoints.SHARDED_STATE)
-        dist.barrier(group=self._group)
+        with together():  # also a barrier
+            if state is not None:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+                checkpoints.save(state | {"layout": layout(model, optimizer)}, beside / checkpoints.SHARDED_STATE)
         tensors = _weights(model, only_trained=False) | _moments(model, optimizer)
         written = dcp.async_save(tensors, checkpoint_id=beside, process_group=self._group)
         assert isinstance(written, Future)
@@ -103,21 +106,37 @@ class ShardedSaver:
     def _put_in_place(self, done: Future[Any], beside: Path, path: Path) -> None:
         try:
             if done.exception() is None:
+                checkpoints.write_sums(beside)
                 shutil.rmtree(path, ignore_errors=True)  # of a run that was told to start from an earlier one
                 os.replace(beside, path)
                 checkpoints.prune(path.parent, path, self._only_newest)
                 log.info("saved %s", path)
+        except Exception as error:
+            self._failure = error
         finally:
             self._in_place.set()
 
     def finish(self) -> None:
-        """Waits for the last checkpoint. Raises what went wrong with it."""
-        if self._written is None:
+        """Waits for the last checkpoint. Raises OSError where it could not be written."""
+        written, self._written = self._written, None
+        if written is None:
             return
-        self._written.result()
+        try:
+            written.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise OSError(_first_line(error)) from error
         if dist.get_rank() == 0:
             self._in_place.wait()
-        self._written = None
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise OSError(str(failure)) from failure
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, in one line: of a failure on several ranks, the first one's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def load(path: Path, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
@@ -132,23 +151,20 @@ def load(path: Path, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+    on_main(check, path)  # before torch tries, which reports what it cannot read at length
     try:
         tensors = _weights(model, only_trained=True) | _moments(model, optimizer)
         dcp.load(tensors, storage_reader=TensorReader(path))
-    except Exception as error:  # broken bytes make torch raise almost anything
-        raise ValueError(f"{path} cannot be read, or is of another model: {_reason(error)}") from error
+    except (Exception, CheckpointException) as error:  # broken bytes make torch raise almost anything
+        raise ValueError(f"{path} cannot be read, or is of another model: {_first_line(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what went wrong: of a load by many ranks, on the first of them that failed."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (first, _) = min(error.failures.items())
-        return f"rank {rank}: {_first_line(first)}"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def check(folder: Path) -> None:
+    """Raises ValueError, naming the folder, where it does not hold tensors that are described as they should."""
+    try:
+        TensorReader(folder).read_metadata()
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
 
 
 class TensorReader(dcp.FileSystemReader):
@@ -207,14 +223,15 @@ def to_file(folder: Path, file: Path) -> None:
     """
     checkpoint = checkpoints.load(folder)
     reader = TensorReader(folder)
+    check(folder)
     try:
         tensors: dict[str, Any] = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
             for key, entry in reader.read_metadata().state_dict_metadata.items()
         }
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except Exception as error:
-        raise ValueError(f"{folder} cannot be read: {_reason(error)}") from error
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
 
     layout = checkpoint.pop("layout")
     weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from open_flamingo.train.data.loader import Batch, Loader
+from open_flamingo.train.health import Health
+from open_flamingo.train.optimizer import clipped_step
 from open_flamingo.train.parallel import gradient_sync
 from open_flamingo.train.precision import LossScaler, autocast
 from open_flamingo.weights import whole
@@ -98,37 +100,53 @@ def train_update(
     accumulation: int,
     precision: str,
     scaler: LossScaler | None = None,
-) -> torch.Tensor:
+    health: Health | None = None,
+    synchronise: Callable[[], None] | None = None,
+) -> torch.Tensor | None:
     """Trains on `accumulation` batches of each source; one synchronisation, one clipping, one step of the optimiser.
 
-    Each backward pass follows its forward, so only one batch's activations are held at a time. Nothing here waits for
-    the device.
+    Each backward pass follows its forward, so only one batch's activations are held at a time. A batch whose loss is
+    not finite on any rank is left out on all, and an update whose gradient norm is not finite changes no weight; either
+    counts as done: its samples are behind it, and the schedule has moved on.
 
     Args:
-        scaler: for --precision fp16. An update whose gradients overflow changes no weight, but counts as done: its
-            samples are behind it, and the schedule has moved on.
+        scaler: for --precision fp16.
+        health: what the ranks agree on; by default of this process alone.
+        synchronise: averages the gradients over the ranks without adding to them, where the pass that should have done
+            it was left out.
 
     Returns:
-        the global gradient norm before clipping, float32 [], on the device; not finite where the update was skipped
+        the global gradient norm before clipping, float32 [], on the device; not finite where the update was skipped;
+        None where every batch was left out
     """
+    health = health or Health()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    used = synchronised = False
     for micro in range(accumulation):
         for source in sources:
             last = micro == accumulation - 1 and source is sources[-1]
             batch = source.next_batch()
+            health.before_forward(source.kind, batch)
             with gradient_sync(model, synchronise=last):
                 loss = loss_of(model, batch, source, precision)
+                if not health.agree(source.kind, batch, loss):
+                    continue
                 weighted = loss * (source.weight / accumulation)
                 (weighted if scaler is None else weighted * scaler.scale).backward()
+            used, synchronised = True, last
             source.loss += loss.detach()
             source.forwards += 1
-    gradient_norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if scaler is None:
-        nn.utils.clip_grads_with_norm_(parameters, MAX_GRADIENT_NORM, gradient_norm)
-        optimizer.step()
-    else:
-        gradient_norm = scaler.step(optimizer, gradient_norm, MAX_GRADIENT_NORM)
+    gradient_norm = None
+    if used:
+        if not synchronised and synchronise is not None:
+            synchronise()
+        gradient_norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if scaler is None:
+            clipped_step(optimizer, gradient_norm, MAX_GRADIENT_NORM)
+        else:
+            gradient_norm = scaler.step(optimizer, gradient_norm, MAX_GRADIENT_NORM)
     scheduler.step()
     # Zeroed, not freed: under DDP the gradients are views of its buckets, and fresh ones would be held beside those.
     optimizer.zero_grad(set_to_none=False)
+    health.end(gradient_norm, overflow_is_normal=scaler is not None)
     return gradient_norm

@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from open_flamingo.train.arguments import parse_args
@@ -29,6 +30,7 @@ from open_flamingo.train.arguments import parse_args
 if TYPE_CHECKING:
     from open_flamingo.train.data.loader import DataOptions
     from open_flamingo.train.distributed import World
+    from open_flamingo.train.health import Watchdog
     from open_flamingo.train.parallel import Sharding
 
 log = logging.getLogger("open_flamingo.train")
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from open_flamingo.train.data.samples import DataError
     from open_flamingo.train.distributed import distributed, find_place
+    from open_flamingo.train.health import EXIT_STOPPED, Watchdog, is_of_communication
     from open_flamingo.train.report import setup_logging
 
     setup_logging(rank=0)
@@ -55,12 +58,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                     args.dist_backend,
                     not args.no_set_device_rank,
                     group_of_one=args.fsdp or args.checkpoint_format == "sharded",
+                    timeout=args.dist_timeout,
                 )
                 world = stack.enter_context(group)
-            train(args, world)
+            watchdog = stack.enter_context(Watchdog(world, args.dist_timeout))
+            try:
+                stopped_by = train(args, world, watchdog)
+            except RuntimeError as error:
+                if is_of_communication(error) and (reason := watchdog.explain()):
+                    raise Refused(reason) from error
+                raise
     except (Refused, DataError) as error:
         log.error("%s", error)
         raise SystemExit(1) from error
+    if stopped_by is not None:
+        raise SystemExit(EXIT_STOPPED)
 
 
 class Refused(RuntimeError):
@@ -76,7 +88,8 @@ def refusing(what: str) -> Iterator[None]:
         raise Refused(f"{what}: {error}") from error
 
 
-def train(args: argparse.Namespace, world: World) -> None:
+def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | None:
+    """Trains to the end, or until a signal asks for a stop: then returns its name."""
     import torch
     from PIL import Image
     from transformers.utils import logging as transformers_logging
@@ -85,9 +98,17 @@ def train(args: argparse.Namespace, world: World) -> None:
     from open_flamingo.train import checkpoint
     from open_flamingo.train.data.images import normalization
     from open_flamingo.train.data.loader import build_loader
-    from open_flamingo.train.distributed import together
+    from open_flamingo.train.distributed import gather_objects, together
+    from open_flamingo.train.health import Health, Signals, check_finite
     from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-    from open_flamingo.train.parallel import check_compiler, compile_blocks, parallelise, rehearse
+    from open_flamingo.train.parallel import (
+        check_compiler,
+        compile_blocks,
+        made_up_sample,
+        parallelise,
+        rehearse,
+        synchronise,
+    )
     from open_flamingo.train.precision import build_loss_scaler, hold_weights
     from open_flamingo.train.report import Reporter, describe, measure
     from open_flamingo.train.resume import Plan, find_start, restore_model, restore_optimizer, snapshot
@@ -113,7 +134,7 @@ def train(args: argparse.Namespace, world: World) -> None:
             args.num_epochs,
             plan.total_updates,
         )
-        return
+        return None
 
     # ---------------------------------------------------------------- model
     torch.manual_seed(args.seed)
@@ -174,57 +195,114 @@ def train(args: argparse.Namespace, world: World) -> None:
     )
 
     # ---------------------------------------------------------------- loop
-    image = image_processor(Image.new("RGB", (64, 64)))
-    rehearse(parallel_model, image, model.media_token_id, model.eoc_token_id, args.precision)
+    sample = made_up_sample(image_processor(Image.new("RGB", (64, 64))), model.media_token_id, model.eoc_token_id)
+    rehearse(parallel_model, sample, args.precision)
+    average = partial(synchronise, parallel_model, sample, args.precision)
     if args.compile:
         compile_blocks(model)
     saver = ShardedSaver(args.delete_previous_checkpoint) if args.checkpoint_format == "sharded" else None
-    began = span_began = time.perf_counter()
-    for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
-        gradient_norm = train_update(
-            parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, args.precision, scaler
-        )
-        reporter.advance()
 
-        if step % args.logging_steps == 0 or step == plan.total_updates:
-            now = time.perf_counter()
-            values = measure(world, sources, gradient_norm, float(scheduler.get_last_lr()[0]), now - span_began)
-            if scaler is not None:
-                scaling = scaler.state_dict()
-                values |= {"grad_scale": scaling["scale"], "updates_skipped": scaling["skipped"]}
-            values["seconds_left"] = (now - began) / (step - start.step) * (plan.total_updates - step)
-            reporter.log(step, values)
-            span_began = now
-
+    def save(step: int) -> None:
         epoch, within_epoch = divmod(step, plan.updates_per_epoch)
         if within_epoch == 0:
             path = checkpoint.epoch_end_path(folder, epoch - 1, sharded=saver is not None)
-        elif args.save_steps and step % args.save_steps == 0:
-            path = checkpoint.within_epoch_path(folder, epoch, step, sharded=saver is not None)
         else:
-            continue
+            path = checkpoint.within_epoch_path(folder, epoch, step, sharded=saver is not None)
+        watchdog.at(f"update {step}, saving {path}")
+        with refusing("nothing is saved, and training ends"), together():
+            check_finite(model, optimizer)
         lanes = next(iter(options.values())).lanes
         state = snapshot(
             args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler, with_tensors=saver is None
         )
         if saver is not None:
-            saver.save(model, optimizer, state, path)
-        elif state is not None:  # rank 0
+            with saving(args.save_errors), together():
+                saver.finish()  # the one before
+            with saving(args.save_errors), together():
+                saver.save(model, optimizer, state, path)
+            return
+        with saving(args.save_errors), together():
+            if state is None:  # rank 0 has it
+                return
             checkpoint.save(state, path)
             checkpoint.prune(folder, path, only_newest=args.delete_previous_checkpoint)
             log.info("saved %s", path)
             if args.save_checkpoints_to_wandb:
                 reporter.upload(path)
 
+    signals = Signals()
+    health = Health(world, folder, signals, watchdog)
+    began = span_began = time.perf_counter()
+    with signals:
+        for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
+            health.begin(step)
+            gradient_norm = train_update(
+                parallel_model,
+                optimizer,
+                scheduler,
+                sources,
+                args.gradient_accumulation_steps,
+                args.precision,
+                scaler,
+                health,
+                average,
+            )
+            reporter.advance()
+
+            if step % args.logging_steps == 0 or step == plan.total_updates:
+                now = time.perf_counter()
+                values = measure(world, sources, gradient_norm, float(scheduler.get_last_lr()[0]), now - span_began)
+                values |= {f"bad_batches_{source.kind}": health.bad_batches[source.kind] for source in sources}
+                if scaler is not None:
+                    scaling = scaler.state_dict()
+                    values |= {"grad_scale": scaling["scale"], "updates_skipped": scaling["skipped"]}
+                values["seconds_left"] = (now - began) / (step - start.step) * (plan.total_updates - step)
+                reporter.log(step, values)
+                span_began = now
+
+            ends = step == plan.total_updates or health.stop is not None or health.bad_in_a_row >= args.max_bad_steps
+            if ends:
+                health.settle()
+            due = args.save_steps and step % args.save_steps == 0
+            if ends or due or step % plan.updates_per_epoch == 0:
+                save(step)
+            if ends:
+                break
+
     if saver is not None:
-        saver.finish()
+        with saving(args.save_errors), together():
+            saver.finish()
     reporter.close()
     for source in sources:
         source.loader.close()
-    log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
     # Before the process group goes: a process that ends with a live DDP object, which is part of a cycle, may abort.
-    del parallel_model
+    del parallel_model, average
     gc.collect()
+    watchdog.at("the end")
+    gather_objects(None)  # launchers end all ranks when the first has ended with a code: let rank 0 finish its writing
+    if health.bad_in_a_row >= args.max_bad_steps:
+        raise Refused(
+            f"{health.bad_in_a_row} updates in a row had a loss or gradient that is not finite (--max_bad_steps): saved "
+            f"after update {step}, and stopped. Look at the samples in {folder / 'bad_batches.jsonl'}; try a lower "
+            "--learning_rate, or --precision amp_bf16 where it is fp16"
+        )
+    if step < plan.total_updates:
+        log.info("%s: saved after update %d, and stopped. The same command goes on from there", health.stop, step)
+        return health.stop
+    log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
+    return None
+
+
+@contextmanager
+def saving(errors: str) -> Iterator[None]:
+    """What a checkpoint that cannot be written does: ends the run, or is only told (`errors` is --save_errors)."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        what = f"a checkpoint could not be written: {error}. The ones before it are whole"
+        if errors == "stop":
+            raise Refused(f"{what}; start again when there is room (--save_errors warn would train on)") from error
+        log.warning("%s; training goes on (--save_errors warn)", what)
 
 
 def sharding_of(args: argparse.Namespace, world: World) -> Sharding | None:

@@ -1,0 +1,62 @@
+"""train.py with faults: `faulty.py '{"faults": [...], "seconds_an_update": 0.1}' FLAGS...`.
+
+A fault is {"what": "loss" or "gradient", "kind": "laion" or "mmc4", "rank": 1, "updates": [3]}: the loss of that dataset, or the
+gradient that it gives the resampler's latents, becomes NaN on that rank in those updates. {"what": "no weight", ...} makes
+that loss count nothing instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from open_flamingo.train import step
+from open_flamingo.train.health import Health
+from open_flamingo.train.train import main
+
+loss_of, begin = step.loss_of, Health.begin
+update = 0
+
+
+def count_updates(health: Health, number: int) -> None:
+    global update
+    update = number
+    time.sleep(plan.get("seconds_an_update", 0))
+    begin(health, number)
+
+
+def faulty_loss(model: Any, batch: Any, source: Any, precision: str) -> torch.Tensor:
+    loss = loss_of(model, batch, source, precision)
+    for fault in plan.get("faults", []):
+        here = fault["kind"] == source.kind and update in fault["updates"]
+        if not here or int(os.environ.get("RANK", 0)) not in fault["rank"]:
+            continue
+        if fault["what"] == "loss":
+            loss = loss * float("nan")
+        elif fault["what"] == "no weight":
+            loss = loss * 0
+        elif fault["what"] == "gradient":
+            loss = WrongGradient.apply(loss)
+    return loss
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv[1])
+    step.loss_of = faulty_loss
+    Health.begin = count_updates  # type: ignore[method-assign]
+    main(sys.argv[2:])

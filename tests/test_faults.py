@@ -1,0 +1,426 @@
+"""Faults injected into real runs of two processes: numbers, signals, deaths, disks. Nothing is lost.
+
+The tables of docs/reliability.md name these tests; faults of the data are in test_faults_data.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train.health import EXIT_STOPPED, check_finite
+from open_flamingo.train.train import main
+from tests.tiny import ROOT, assert_same, finished, kill, torchrun
+
+FAULTY = ROOT / "tests" / "faulty.py"
+LONG = ["--train_num_samples_laion=96", "--train_num_samples_mmc4=48"]  # 12 updates an epoch of two ranks, 2 epochs
+LAST = "checkpoint_1.pt"
+
+
+def plan(*faults: dict[str, Any], seconds: float = 0.0) -> str:
+    return json.dumps({"faults": faults, "seconds_an_update": seconds})
+
+
+def fault(what: str, kind: str, *rank: int, updates: list[int]) -> dict[str, Any]:
+    return {"what": what, "kind": kind, "rank": rank, "updates": updates}
+
+
+def weights(run: Path, name: str = LAST) -> dict[str, torch.Tensor]:
+    return torch.load(run / name, weights_only=True)["model_state_dict"]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def updates_done(run: Path) -> int:
+    lines = run / "metrics.jsonl"
+    return len(lines.read_text().splitlines()) if lines.exists() else 0
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """The process ids of the ranks that the torchrun `process` has started."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                environment = (stat.parent / "environ").read_bytes()
+                found[int(re.findall(rb"\0RANK=(\d+)", environment)[0])] = int(stat.parent.name)
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@pytest.mark.parametrize("strategy", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_on_all(
+    strategy: list[str], flags: list[str], tmp_path: Path
+) -> None:
+    """The update is that of the other dataset alone, averaged over the ranks; the samples are named."""
+    bad, without = tmp_path / "bad", tmp_path / "without"
+    flags = [*flags, *strategy]
+    faults = plan(fault("loss", "laion", 1, updates=[2]), fault("loss", "mmc4", 0, updates=[3]))
+    output = finished(torchrun(2, FAULTY, faults, *flags, f"--run_name={bad}"))
+    faults = plan(fault("no weight", "laion", 0, 1, updates=[2]), fault("no weight", "mmc4", 0, 1, updates=[3]))
+    finished(torchrun(2, FAULTY, faults, *flags, f"--run_name={without}"))
+    for name, weight in weights(without).items():
+        torch.testing.assert_close(weights(bad)[name], weight, rtol=0, atol=1e-6, msg=name)
+
+    lines = [json.loads(text) for text in (bad / "bad_batches.jsonl").read_text().splitlines()]
+    assert [(line["update"], line["not_finite"]) for line in lines] == [(2, "laion loss"), (3, "mmc4 loss")]
+    assert [list(line["samples_by_rank"]) for line in lines] == [["1"], ["0"]]
+    laion, mmc4 = (samples for line in lines for samples in line["samples_by_rank"].values())
+    assert (len(laion), len(mmc4)) == (4, 2)
+    assert all(Path(sample["shard"]).is_file() and sample["key"] for sample in laion + mmc4)
+    assert "the laion loss is not finite on rank 1" in output
+    logged = [json.loads(text) for text in (bad / "metrics.jsonl").read_text().splitlines()]
+    assert [values["bad_batches_laion"] for values in logged] == [0, 1, 1, 1]
+    assert [values["loss_mmc4"] is None for values in logged] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("strategy", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_changes_no_weight(strategy: list[str], flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, *strategy, "--save_steps=1", "--train_num_samples_laion=32", "--train_num_samples_mmc4=16"]
+    output = finished(
+        torchrun(
+            2,
+            FAULTY,
+            plan(fault("gradient", "mmc4", 1, updates=[3])),
+            *flags,
+            f"--run_name={tmp_path}",
+            "--num_epochs=1",
+        )
+    )
+    before, after = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("epoch_0_step_2.pt", "epoch_0_step_3.pt")
+    )
+    assert_same(before["model_state_dict"], after["model_state_dict"])
+    assert_same(before["optimizer_state_dict"]["state"], after["optimizer_state_dict"]["state"])
+    (line,) = map(json.loads, (tmp_path / "bad_batches.jsonl").read_text().splitlines())
+    assert (line["update"], line["not_finite"]) == (3, "gradient norm")
+    assert {rank: len(samples) for rank, samples in line["samples_by_rank"].items()} == {"0": 6, "1": 6}
+    assert "finished" in output
+    check_finite_file(tmp_path / "checkpoint_0.pt")
+
+
+def check_finite_file(path: Path) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    tensors = [*checkpoint["model_state_dict"].values()]
+    tensors += [value for of in checkpoint["optimizer_state_dict"]["state"].values() for value in of.values()]
+    assert all(torch.as_tensor(tensor).isfinite().all() for tensor in tensors)
+
+
+def test_too_many_bad_updates_in_a_row_save_and_stop(flags: list[str], tmp_path: Path) -> None:
+    faults = plan(fault("loss", "laion", 0, updates=[2, 4, 5, 6, 7]))
+    process = torchrun(2, FAULTY, faults, *flags, *LONG, "--max_bad_steps=3", f"--run_name={tmp_path}")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "3 updates in a row" in output
+    assert "--max_bad_steps" in output
+    check_finite_file(tmp_path / "epoch_0_step_6.pt")
+    # The same command goes on from there.
+    finished(torchrun(2, FAULTY, plan(), *flags, *LONG, "--max_bad_steps=3", f"--run_name={tmp_path}"))
+    assert (tmp_path / LAST).exists()
+
+
+def test_weights_that_are_not_finite_are_never_written() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    check_finite(model, optimizer)
+    optimizer.state[model.weight]["exp_avg_sq"][0, 1] = float("inf")
+    with pytest.raises(ValueError, match="exp_avg_sq of weight"):
+        check_finite(model, optimizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, backbones: list[str], shards: dict[str, str]) -> dict[str, Any]:
+    """The last checkpoint of a run of two ranks that nothing disturbs, for those that something does."""
+    run = tmp_path_factory.mktemp("whole")
+    finished(torchrun(2, FAULTY, plan(), *disturbed_flags(backbones, shards), f"--run_name={run}"))
+    return torch.load(run / LAST, weights_only=True)
+
+
+def disturbed_flags(backbones: list[str], shards: dict[str, str]) -> list[str]:
+    return [
+        *backbones,
+        *(f"--laion_shards={shards['laion']}", f"--mmc4_shards={shards['mmc4']}", "--mmc4_textsim_threshold=0.24"),
+        *("--batch_size_laion=4", "--batch_size_mmc4=2", *LONG, "--num_epochs=2", "--workers=1"),
+        *("--warmup_steps=2", "--learning_rate=1e-2", "--logging_steps=1"),
+    ]
+
+
+@pytest.fixture
+def disturbed(backbones: list[str], shards: dict[str, str], tmp_path: Path) -> list[str]:
+    return [*disturbed_flags(backbones, shards), f"--run_name={tmp_path / 'run'}"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_one_rank_saves_and_the_next_start_goes_on_bit_for_bit(
+    name: str, disturbed: list[str], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed)
+    wait_for(lambda: updates_done(run) >= 3, process)
+    os.kill(ranks_of(process)[1], getattr(signal, name))
+    output, _ = process.communicate()
+    assert process.returncode == 1  # torchrun's
+    assert re.search(rf"exitcode\s*: {EXIT_STOPPED}", output), output
+    assert f"{name}: saved after update" in output
+    assert list(run.glob("epoch_0_step_*.pt"))
+    finished(torchrun(2, FAULTY, plan(), *disturbed))
+    assert_same(whole, torch.load(run / LAST, weights_only=True))
+
+
+def test_one_process_ends_with_the_documented_code_and_a_second_ctrl_c_at_once(
+    disturbed: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    def start(seconds: float) -> subprocess.Popen[str]:
+        command = [sys.executable, str(FAULTY), plan(seconds=seconds), *disturbed]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    process = start(0.1)
+    wait_for(lambda: updates_done(run) >= 1, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate()
+    assert process.returncode == EXIT_STOPPED, output
+
+    files = sorted(run.glob("*.pt"))
+    before = updates_done(run)
+    process = start(5)
+    wait_for(lambda: updates_done(run) > before, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130, output
+    assert "without saving" in output
+    assert sorted(run.glob("*.pt")) == files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deaths
+
+
+def test_a_killed_rank_is_named_and_torchrun_starts_again_by_itself(
+    disturbed: list[str], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--save_steps=2", restarts=1)
+    wait_for(lambda: updates_done(run) >= 5, process)
+    victim = ranks_of(process)[1]
+    os.kill(victim, signal.SIGKILL)
+    output = finished(process)
+    assert re.search(rf"Rank 1 \(\S+, pid {victim}\) has died or hangs: last heard of at update \d+", output), output
+    assert "resuming from" in output
+    saved = torch.load(run / LAST, weights_only=True)
+    for checkpoint in (saved, whole):
+        checkpoint.pop("flags")  # --save_steps
+    assert_same(whole, saved)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
+    rank: int, disturbed: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=4")
+    wait_for(lambda: updates_done(run) >= 3, process)
+    victim = ranks_of(process)[rank]
+    os.kill(victim, signal.SIGSTOP)
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert re.search(
+        rf"Rank {rank} \(\S+, pid {victim}\) has died or hangs: last heard of at update \d+, \S.*\.tar", output
+    ), output
+    wait_for(lambda: not alive(victim))
+
+
+def test_ranks_whose_torchrun_is_killed_save_and_end(
+    disturbed: list[str], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed)
+    wait_for(lambda: updates_done(run) >= 3, process)
+    ranks = ranks_of(process)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(alive, ranks.values())))
+    assert list(run.glob("epoch_0_step_*.pt"))
+    finished(torchrun(2, FAULTY, plan(), *disturbed))
+    assert_same(whole, torch.load(run / LAST, weights_only=True))
+
+
+def test_without_a_launcher_that_watches_the_other_rank_ends_by_itself(disturbed: list[str], tmp_path: Path) -> None:
+    """As under srun and mpirun: rank 0, which keeps the meeting point, is stopped, and rank 1 does not hang."""
+    port = random.randint(20_000, 30_000)
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(FAULTY), plan(seconds=0.1), *disturbed, "--dist_timeout=4"]
+        command.append(f"--dist-url=tcp://127.0.0.1:{port}")
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    wait_for(lambda: updates_done(tmp_path / "run") >= 2, ranks[0])
+    ranks[0].send_signal(signal.SIGSTOP)
+    output, _ = ranks[1].communicate()
+    assert ranks[1].returncode == 1
+    assert "rank 0 has died or hangs" in output
+    ranks[0].kill()
+    ranks[0].communicate()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disk
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB of its own. Skips where one cannot be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    path = folder / "full"
+    with path.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            pass
+    return path
+
+
+@pytest.mark.parametrize("format", ["file", "sharded"])
+@pytest.mark.parametrize("errors", ["stop", "warn"])
+def test_a_full_disk(errors: str, format: str, flags: list[str], disk: Path) -> None:
+    run = disk / "run"
+    flags = [*flags, *LONG, "--save_steps=1", f"--checkpoint_format={format}", f"--save_errors={errors}"]
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *flags, f"--run_name={run}")
+    wait_for(lambda: updates_done(run) >= 4, process)
+    filler = fill(disk)
+    output, _ = process.communicate()
+    assert "could not be written" in output, output
+    assert "No space left" in output, output
+    newest = checkpoints.newest_readable(run)
+    assert newest is not None
+    if errors == "stop":
+        assert process.returncode != 0
+    else:
+        assert process.returncode == 0, output
+        assert "training goes on" in output
+    filler.unlink()
+    output = finished(torchrun(2, FAULTY, plan(), *flags, f"--run_name={run}"))
+    assert f"resuming from {newest[0]}" in output
+    assert checkpoints.newest_readable(run)[0].stem == "checkpoint_1"  # type: ignore[index]
+
+
+def test_a_disk_that_becomes_read_only(flags: list[str], disk: Path) -> None:
+    run = disk / "run"
+    flags = [*flags, *LONG, "--save_steps=1", f"--run_name={run}"]
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *flags)
+    wait_for(lambda: updates_done(run) >= 4, process)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)])  # refused while a file is open for writing
+    if "ro" not in re.findall(rf" {disk} tmpfs (\S+)", Path("/proc/mounts").read_text())[-1].split(","):
+        kill(process)
+        pytest.skip("the file system cannot be made read-only while it is in use")
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert "Read-only file system" in output
+
+
+def test_a_folder_that_vanishes_is_made_again(flags: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *flags, *LONG, f"--run_name={run}")
+    wait_for(lambda: updates_done(run) >= 2, process)
+    shutil.rmtree(run)
+    finished(process)
+    assert (run / LAST).exists()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of some 40 kB, written as the program writes it."""
+    path = tmp_path_factory.mktemp("saved") / "checkpoint_0.pt"
+    tensors = {f"layer {i}": torch.randn(50, 20) for i in range(10)}
+    checkpoints.save({"model_state_dict": tensors, "step": 3, "flags": {"lm_path": "x"}}, path)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_every_damage_to_a_checkpoint_is_detected_or_harmless(damage: str, saved: Path, tmp_path: Path) -> None:
+    """The newest of two is damaged, 200 times: the one before is taken, or what is read is what was written."""
+    data, original = saved.read_bytes(), torch.load(saved, weights_only=True)
+    shutil.copy(saved, tmp_path / "checkpoint_0.pt")
+    newest = tmp_path / "checkpoint_1.pt"
+    moments = random.Random(damage)
+    detected = 0
+    for _ in range(200):
+        place = moments.randrange(len(data))
+        if damage == "truncated":
+            newest.write_bytes(data[:place])
+        else:
+            flipped = bytes([data[place] ^ (1 << moments.randrange(8))])
+            newest.write_bytes(data[:place] + flipped + data[place + 1 :])
+        path, checkpoint = checkpoints.newest_readable(tmp_path)  # type: ignore[misc]
+        assert_same(original, checkpoint)
+        detected += path != newest
+        del checkpoint
+    assert detected == 200 if damage == "truncated" else detected > 150
+
+
+def test_every_damage_to_a_sharded_checkpoint_is_detected(flags: list[str], tmp_path: Path) -> None:
+    main([*flags, "--checkpoint_format=sharded", f"--run_name={tmp_path}"])
+    newest = tmp_path / "checkpoint_1"
+    checkpoints.verify(newest)
+    for file in sorted(newest.iterdir()):
+        data = file.read_bytes()
+        for damaged in (data[: len(data) // 2], data[:100] + bytes([data[100] ^ 4]) + data[101:], None):
+            file.write_bytes(damaged) if damaged is not None else file.unlink()
+            path, _ = checkpoints.newest_readable(tmp_path)  # type: ignore[misc]
+            assert path == tmp_path / "checkpoint_0", file
+        file.write_bytes(data)
+    assert checkpoints.newest_readable(tmp_path)[0] == newest  # type: ignore[index]

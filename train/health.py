@@ -1,0 +1,358 @@
+"""Whether the run is well: numbers that are not finite, signals, ranks that have died or hang.
+
+    Signals     SIGTERM, SIGINT and SIGUSR1 ask for a stop after the update
+    Health      what all ranks agree on before each backward pass: is the loss finite everywhere, was a stop asked for
+    Watchdog    ends a process that waits too long, and names the rank that it waits for
+
+What an agreement costs: one number read from the device for each forward pass, once it has ended. Without it, no rank
+could know that another must leave this batch out before they average the gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from open_flamingo.train.data.loader import Batch
+from open_flamingo.train.distributed import World, gather_objects
+
+log = logging.getLogger(__name__)
+
+EXIT_STOPPED = 75
+"""The exit code of a run that saved because a signal asked for it, and is to be started again (EX_TEMPFAIL)."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+BAD_BATCHES = "bad_batches.jsonl"
+
+
+class Signals:
+    """Within this `with`, the first signal is only noted; a second SIGINT ends the program at once.
+
+    Attributes:
+        received: the name of the first one, None before it.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._when = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # else Python allows no handlers
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Ctrl-C under torchrun comes twice at once: from the terminal, and from torchrun.
+        if number == signal.SIGINT and self.received is not None and time.monotonic() - self._when > 1:
+            # To the terminal itself: the log may be what is blocked.
+            os.write(2, b"\nstopped at once, without saving\n")
+            os._exit(128 + number)
+        if self.received is None:
+            self.received, self._when = signal.Signals(number).name, time.monotonic()
+
+
+class _Unseen(NamedTuple):
+    """An update whose gradient norm has not been looked at."""
+
+    norm: torch.Tensor
+    keys: list[str]
+    update: int
+
+
+class Health:
+    """What the ranks agree on, so that all of them do the same.
+
+    Args:
+        world: None: this process alone.
+        folder: of the run, where rank 0 records what was bad.
+        signals, watchdog: of this process, if it has them.
+
+    Attributes:
+        bad_in_a_row: updates up to the last one of which a part, or all, was left out.
+        bad_batches: by dataset, batches of all ranks together that were left out for a loss that is not finite.
+        stop: the signal that asked any rank to stop.
+    """
+
+    def __init__(
+        self,
+        world: World | None = None,
+        folder: Path | None = None,
+        signals: Signals | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self._world = world or World(0, 1, 0, torch.device("cpu"), "one process")
+        self._folder = folder
+        self._signals = signals
+        self._watchdog = watchdog
+        self._update = 0
+        self._keys: list[str] = []  # of this rank's samples of this update
+        self._part_left_out = False
+        self._unseen: _Unseen | None = None
+        self.bad_in_a_row = 0
+        self.bad_batches: Counter[str] = Counter()
+        self.stop: str | None = None
+
+    def begin(self, update: int) -> None:
+        """Update number `update` begins."""
+        self._update = update
+        self._part_left_out = False
+        self._keys = []
+        self.at("loading data")
+
+    def at(self, where: str) -> None:
+        """For the watchdog: the training has come to `where`. All ranks call this in the same places."""
+        if self._watchdog is not None:
+            self._watchdog.at(f"update {self._update}, {where}")
+
+    def before_forward(self, kind: str, batch: Batch) -> None:
+        self._keys += batch.keys
+        self.at(f"{kind} batch of {_shards(batch)}")
+
+    def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> bool:
+        """Whether the loss of this forward pass, float32 [], is finite on every rank. All ranks must call this.
+
+        Waits for the forward pass, on all ranks; and takes the occasion to agree on all else.
+        """
+        self.at(f"waiting for the other ranks after a {kind} batch of {_shards(batch)}")
+        stop = 0 if self._signals is None or self._signals.received is None else signal.Signals[self._signals.received]
+        loss = loss.detach().float()
+        norm = loss.new_zeros(()) if self._unseen is None else self._unseen.norm.to(loss)
+        flags = torch.stack([1.0 * ~loss.isfinite(), 1.0 * ~norm.isfinite(), loss.new_full((), stop)])
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        bad_loss, bad_norm, number = flags.tolist()
+        self._see(bool(bad_norm))
+        if number:
+            self.stop = signal.Signals(int(number)).name
+        if bad_loss:
+            self._part_left_out = True
+            self.bad_batches[kind] += 1
+            self._record(f"{kind} loss", None if bool(loss.isfinite()) else batch.keys, self._update)
+        return not bad_loss
+
+    def end(self, norm: torch.Tensor | None, overflow_is_normal: bool = False) -> None:
+        """The update is done: its gradient norm, on the device; None if all its parts were left out.
+
+        The norm is not waited for: it is looked at in the next agreement, or when `settle` is called.
+
+        Args:
+            overflow_is_normal: fp16 finds its scale by overflowing; only a long row of that is bad.
+        """
+        if self._part_left_out:
+            self.bad_in_a_row += 1
+        elif norm is not None:
+            self._unseen = _Unseen(norm.detach(), [] if overflow_is_normal else self._keys, self._update)
+
+    def settle(self) -> None:
+        """Looks at the norm of the last update, waiting for it. It is the same on all ranks."""
+        if self._unseen is not None:
+            self._see(not bool(self._unseen.norm.isfinite()))
+
+    def _see(self, bad: bool) -> None:
+        unseen, self._unseen = self._unseen, None
+        if unseen is None:
+            return
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        if bad and unseen.keys:
+            self._record("gradient norm", unseen.keys, unseen.update)
+
+    def _record(self, what: str, keys: list[str] | None, update: int) -> None:
+        """One line in the run's folder and one in the log. `keys`: this rank's samples, None if they are not suspect."""
+        samples = {rank: of for rank, of in enumerate(gather_objects(keys)) if of is not None}
+        if not self._world.is_main:
+            return
+        count = sum(map(len, samples.values()))
+        log.warning(
+            "update %d: the %s is not finite on rank %s: left out on all ranks. Its %d samples are in %s",
+            *(update, what, ", ".join(map(str, samples)), count, BAD_BATCHES),
+        )
+        if self._folder is None:
+            return
+        shards = {
+            rank: [dict(zip(("shard", "key"), key.rsplit("#", 1), strict=True)) for key in of]
+            for rank, of in samples.items()
+        }
+        try:
+            with open(self._folder / BAD_BATCHES, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"update": update, "not_finite": what, "samples_by_rank": shards}) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._folder / BAD_BATCHES, error)
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError, naming the first, if a trained weight or a moment of this rank is not finite."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[name] = parameter
+            for key, moment in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key} of {name}"] = moment
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+    finite = torch.stack([tensor.isfinite().all().cpu() for tensor in local]).tolist()
+    if wrong := [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]:
+        raise ValueError(
+            f"{len(wrong)} tensors of the model or its optimiser hold numbers that are not finite, the first {wrong[0]}. The "
+            "checkpoints before are whole: start again from them; if it comes back, suspect this machine's memory"
+        )
+
+
+NAMED_SHARDS = 3
+
+
+def _shards(batch: Batch) -> str:
+    shards = list(dict.fromkeys(key.rsplit("#", 1)[0] for key in batch.keys))
+    rest = len(shards) - NAMED_SHARDS
+    return ", ".join(shards[:NAMED_SHARDS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class _Report(NamedTuple):
+    """What a rank lets the others know of itself."""
+
+    beat: int  # grows while the process lives
+    progress: int  # grows as the training does, in the same way on all ranks
+    where: str
+    host: str
+    pid: int
+
+
+class Watchdog:
+    """Ends this process when nothing has happened for `timeout` seconds, and says which rank is to blame.
+
+    A thread tells the others, through the store in which the ranks have met, that this process lives and how far it is;
+    another watches the time. Neither disturbs the training. It also sees when the torchrun above it has died, and then
+    asks for a stop, as a SIGTERM does.
+
+    Args:
+        timeout: in seconds.
+    """
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self._world = world
+        self._timeout = timeout
+        self._interval = min(1.0, timeout / 10)
+        self._store: dist.Store | None = None
+        # torchrun keeps its store when it starts the ranks again.
+        self._prefix = f"health/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._progress, self._where, self._since = 0, "the start", time.monotonic()
+        self._over = threading.Event()
+        self._parent = os.getppid()
+
+    def __enter__(self) -> Watchdog:
+        self.at("the start")
+        if dist.is_initialized() and self._world.world_size > 1:
+            # A connection of its own: the training may be waiting on the other one.
+            self._store = dist.distributed_c10d._get_default_store().clone()
+            threading.Thread(target=self._tell, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def at(self, where: str) -> None:
+        """The training has come to `where`. All ranks call this in the same places."""
+        self._progress, self._where, self._since = self._progress + 1, where, time.monotonic()
+
+    def _tell(self) -> None:
+        assert self._store is not None
+        beat = 0
+        while not self._over.is_set():
+            beat += 1
+            report = _Report(beat, self._progress, self._where, socket.gethostname(), os.getpid())
+            try:
+                self._store.set(f"{self._prefix}/{self._world.rank}", json.dumps(report))
+            except RuntimeError:  # who keeps the store is gone: the training will notice, or does not need it
+                return
+            self._over.wait(self._interval)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._interval):
+            if self._world.launcher == "torchrun" and os.getppid() != self._parent:
+                log.error("torchrun (pid %d) has died: stopping", self._parent)
+                os.kill(os.getpid(), signal.SIGTERM)
+                self._parent = os.getppid()
+            if self._world.world_size > 1 and time.monotonic() - self._since > self._timeout:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        where = f"rank {self._world.rank} has been at {self._where} for {self._timeout:g} s (--dist_timeout)"
+        log.error("%s. %s", where, self.explain() or "All ranks are there.")
+        for handler in log.parent.handlers if log.parent else ():
+            handler.flush()
+        for report in self._silent:  # a stopped process would outlive the job
+            if report.host == socket.gethostname():
+                try:
+                    os.kill(report.pid, signal.SIGKILL)
+                except OSError:
+                    continue
+        os._exit(1)
+
+    def explain(self) -> str | None:
+        """Which rank the others wait for, in words; None if there is none. Takes some seconds."""
+        self._silent: list[_Report] = []
+        found: list[str | None] = []
+        # In a thread: a store whose keeper is stopped never answers.
+        thread = threading.Thread(target=lambda: found.append(self._compare()), daemon=True)
+        thread.start()
+        thread.join(3 * self._interval + 5)
+        if found:
+            return found[0]
+        keeper = "torchrun on the first node" if self._world.launcher == "torchrun" else "rank 0"
+        return f"{keeper} has died or hangs: it keeps the store in which the ranks meet, which does not answer."
+
+    def _compare(self) -> str | None:
+        if self._store is None:
+            return None
+        try:
+            before = self._read()
+            time.sleep(3 * self._interval)
+            now = self._read()
+        except RuntimeError:
+            return "Who keeps the store in which the ranks meet (torchrun on the first node, or rank 0) has died."
+        silent = [rank for rank in now if rank != self._world.rank and now[rank].beat == before[rank].beat]
+        silent += [rank for rank in range(self._world.world_size) if rank not in now]
+        self._silent = [now[rank] for rank in silent if rank in now]
+        if silent:
+            return " ".join(_last_heard(rank, "has died or hangs", now.get(rank)) for rank in silent)
+        least = min(report.progress for report in now.values())
+        behind = [rank for rank, report in now.items() if report.progress == least]
+        if len(behind) == len(now):
+            return None
+        return " ".join(_last_heard(rank, "keeps the others waiting", now[rank]) for rank in behind)
+
+    def _read(self) -> dict[int, _Report]:
+        assert self._store is not None
+        keys = {rank: f"{self._prefix}/{rank}" for rank in range(self._world.world_size)}
+        return {
+            rank: _Report(*json.loads(self._store.get(key))) for rank, key in keys.items() if self._store.check([key])
+        }
+
+
+def _last_heard(rank: int, what: str, report: _Report | None) -> str:
+    if report is None:
+        return f"Rank {rank} {what}: it was never heard of."
+    return f"Rank {rank} ({report.host}, pid {report.pid}) {what}: last heard of at {report.where}."
+
+
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether a collective failed, as it does when another rank has died."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
