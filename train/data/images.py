@@ -26,7 +26,7 @@ from open_flamingo.train.data.samples import SampleError
 
 # Ours is `max_image_pixels`; Pillow's warning would come once a worker for pictures that the user allows.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", message="Palette images with Transparency expressed in bytes")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of broken pictures: errors are counted
 
 JPEG = b"\xff\xd8\xff"
 RESAMPLING = {

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
@@ -319,6 +320,48 @@ def _manner_of_death(exitcode: int | None) -> str:
     return f"was killed by {signal.Signals(-exitcode).name}{hint}"
 
 
+class _Watchdog:
+    """Kills a worker that is waited for in vain.
+
+    torch's own time-out is not enough: it covers the wait for the news that a share is ready, but the share itself is then asked
+    for from the worker, and a stopped one never answers.
+
+    Attributes:
+        hung: the worker that was killed.
+    """
+
+    def __init__(self, timeout: float, workers: list[BaseProcess]) -> None:
+        self.hung: int | None = None
+        self._timeout = timeout
+        self._workers = workers
+        self._waiting: tuple[int, float] | None = None  # for whom, until when
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def watching(self, worker: int) -> Iterator[None]:
+        """A wait for `worker`; one that goes on from another for the same worker has no more time."""
+        if self._workers and self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="loader watchdog", daemon=True)
+            self._thread.start()
+        if self._waiting is None or self._waiting[0] != worker:
+            self._waiting = worker, time.monotonic() + self._timeout
+        yield
+        self._waiting = None  # not where it fails: it is still waited for
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(POLL, self._timeout)):
+            waiting = self._waiting
+            if waiting is not None and time.monotonic() >= waiting[1] and self.hung is None:
+                self.hung = waiting[0]
+                self._workers[self.hung].kill()
+
+
 class Loader:
     """Batches without end. Iterate it once; `close` it, or leave it with `with`, to stop its workers."""
 
@@ -343,6 +386,7 @@ class Loader:
         with _deaths_in_silence():
             self._shares: Iterator[_Share | _Failure] | None = iter(dataloader)
         self._workers: list[BaseProcess] = list(getattr(self._shares, "_workers", []))
+        self._watchdog = _Watchdog(self.options.timeout, self._workers)
 
     def __iter__(self) -> Loader:
         return self
@@ -375,22 +419,21 @@ class Loader:
 
     def _share(self, shares: Iterator[_Share | _Failure], worker: int) -> _Share:
         """The next one, which is `worker`'s."""
-        start = time.monotonic()
         while True:
             try:
-                share = next(shares)
-            except (
-                RuntimeError,
-                OSError,
-                EOFError,
-            ) as error:  # the last two where a worker died while it sent something
+                with self._watchdog.watching(worker):
+                    share = next(shares)
+            except (RuntimeError, OSError, EOFError) as error:
+                if not isinstance(error, RuntimeError):  # the connection to a worker broke: it is dying
+                    wait([process.sentinel for process in self._workers], POLL)
                 for number, process in enumerate(self._workers):
+                    if number == self._watchdog.hung:
+                        what = f"hangs: it has given nothing for {self.options.timeout:g} seconds"
+                        self._fail(f"{self._name(number)} {what}")
                     if not process.is_alive():
-                        self._fail(self._name(number) + _manner_of_death(process.exitcode))
+                        self._fail(f"{self._name(number)} {_manner_of_death(process.exitcode)}")
                 if not str(error).startswith("DataLoader timed out"):
                     raise
-                if time.monotonic() - start >= self.options.timeout:
-                    self._fail(f"{self._name(worker)} hangs: it has given nothing for {self.options.timeout:g} seconds")
             else:
                 if isinstance(share, _Failure):
                     self.close()
@@ -405,7 +448,7 @@ class Loader:
         shard = self.dataset.order.url(lane, self._cursors.get(lane, (0, 0))[0])
         return (
             f"{options.kind} loader worker {worker} of rank {options.rank} (pid {self._workers[worker].pid}), which was up to "
-            f"{options.prefetch} batches beyond {shard} (lane {lane}), "
+            f"{options.prefetch} batches beyond {shard} (lane {lane}),"
         )
 
     def _fail(self, message: str) -> NoReturn:
@@ -414,6 +457,7 @@ class Loader:
         raise DataError(message) from None
 
     def _kill(self) -> None:
+        self._watchdog.stop()
         for process in self._workers:
             process.kill()  # a stopped process heeds nothing else
         for process in self._workers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,11 +37,19 @@ class ShardStream(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         # Unbuffered: a buffer would hide from `wait` that there is something to read.
-        self._stream = wds.gopen(url, bufsize=0)
-        self._process = getattr(self._stream, "proc", None)
+        if url.startswith("pipe:"):
+            # A session of its own, to be killed with all that the command starts; and Ctrl-C is meant for the training process.
+            command = url.removeprefix("pipe:")
+            self._process = subprocess.Popen(
+                command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+            )
+            self._stream = self._process.stdout
+        else:
+            self._stream = wds.gopen(url, bufsize=0)
+            self._process = getattr(self._stream, "proc", None)
         # webdataset's own `read` looks at the command's status each time, and raises even if there is more to read: how much
         # would be seen of a shard depended on who is faster. Here it is asked once, at the end.
-        self._file: IO[bytes] = self._stream if self._process is None else self._stream.stream
+        self._file: IO[bytes] = getattr(self._stream, "stream", self._stream)
         self._unread = b""
 
     def begin(self) -> bytes:
@@ -67,6 +77,13 @@ class ShardStream(io.RawIOBase):
         if self._process is not None and not wait([self._file], STALL):  # type: ignore[list-item]
             raise OSError(f"nothing came for {STALL:g} seconds")
 
+    def status(self) -> int | None:
+        """The exit status of the command, if there is one and it ends by itself in the next second."""
+        try:
+            return None if self._process is None else self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return None
+
     def finish(self) -> None:
         """Reads on until the command ends: one that we leave while it writes fails for that alone.
 
@@ -89,10 +106,17 @@ class ShardStream(io.RawIOBase):
     def close(self) -> None:
         if not self.closed:
             super().close()
-            if self._process is not None:
-                self._process.kill()  # closing waits for it, and it may have stalled
+            self._kill()  # closing waits for the command, and it may have stalled
             with suppress(Exception):  # that says nothing about what was read
                 self._stream.close()
+
+    def _kill(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        if os.getpgid(self._process.pid) == self._process.pid:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
 
 
 class _Decompressed(io.RawIOBase):

@@ -67,11 +67,16 @@ def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
 def _read_once(url: str) -> Iterator[RawSample | SampleError]:
     """Samples, and in their places the errors that leave the rest of the shard as it is."""
     with ShardStream(url) as stream:
-        file = decompressed(stream)
-        tar = TarReader(file)
-        yield from _samples(tar, url)
-        if not tar.complete:
-            raise tarfile.ReadError("cut off: the archive's end is not marked")
+        try:
+            file = decompressed(stream)
+            tar = TarReader(file)
+            yield from _samples(tar, url)
+            if not tar.complete:
+                raise tarfile.ReadError("cut off: the archive's end is not marked")
+        except (tarfile.TarError, EOFError) as error:
+            if status := stream.status():  # which says why
+                raise OSError(f"the command ended with exit status {status} ({error})") from error
+            raise
         file.read(1 << 20)  # past the padding: gzip's checksum comes after it
         stream.finish()
 
