@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from benchmarks.shapes import Shape
 
+VISION_CONFIG = "benchmark-vision.json"
+WEIGHTS = "weights.pt"
 END_OF_TEXT = "<|endoftext|>"
 ADDED_TOKENS = 3  # <|endofchunk|>, <image> and <PAD>, by either program
 GATE = 0.5
@@ -30,19 +32,20 @@ GATE = 0.5
 
 
 def write_backbones(folder: Path, shape: Shape) -> None:
-    """Writes `vision.json` (an OpenCLIP config named after the shape) and `language/` (config and tokenizer)."""
+    """Writes the shape, `benchmark-vision.json` (an OpenCLIP config) and `language/` (config and tokenizer)."""
     language = folder / "language"
     language.mkdir(parents=True, exist_ok=True)
-    config = {"embed_dim": 64, "vision_cfg": shape.vision, "text_cfg": {"width": 64, "heads": 1, "layers": 1}}
-    vision_config(folder, shape).write_text(json.dumps(config))
-    sizes = {"vocab_size": shape.vocabulary, "bos_token_id": 0, "eos_token_id": 0}
-    (language / "config.json").write_text(json.dumps(shape.language | sizes))
+    write_configs(folder, shape)
     save_file({}, language / "model.safetensors")  # programs look whether there is one
     write_tokenizer(language, shape.vocabulary - ADDED_TOKENS)
 
 
-def vision_config(folder: Path, shape: Shape) -> Path:
-    return folder / f"benchmark-{shape.name}.json"
+def write_configs(folder: Path, shape: Shape) -> None:
+    shape.write(folder)
+    config = {"embed_dim": 64, "vision_cfg": shape.vision, "text_cfg": {"width": 64, "heads": 1, "layers": 1}}
+    (folder / VISION_CONFIG).write_text(json.dumps(config))
+    sizes = {"vocab_size": shape.vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    (folder / "language" / "config.json").write_text(json.dumps(shape.language | sizes))
 
 
 def read_merges() -> list[tuple[str, str]]:
@@ -88,8 +91,9 @@ def without_weights() -> Iterator[None]:
 
 
 @torch.no_grad()
-def set_weights(model: nn.Module) -> None:
-    """Sets each parameter to a function of its name, shape and device. `.new_rows` are rows of the matrix beside them."""
+def set_weights(model: nn.Module, folder: Path) -> None:
+    """Sets each parameter to a function of its name, shape and device, but those that `folder` has a value for. `.new_rows` are
+    rows of the matrix beside them."""
     for name, parameter in model.named_parameters():
         if name.endswith(".new_rows"):
             continue
@@ -98,6 +102,8 @@ def set_weights(model: nn.Module) -> None:
         if name.endswith(".weight") and "new_rows" in module._parameters:
             new_rows: Any = module.new_rows
             new_rows.copy_(parameter[module.new_ids])
+    if (folder / WEIGHTS).exists():
+        model.load_state_dict(torch.load(folder / WEIGHTS), strict=False)
 
 
 def weight_of(name: str, like: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from benchmarks import report, steps
+import open_flamingo
+from benchmarks import curve, loading, report, saving, start, steps
+from benchmarks.child import ROOT
 from benchmarks.shapes import SHAPES
 
 
@@ -24,7 +26,59 @@ def build_parser() -> argparse.ArgumentParser:
         step.add_argument("--gradient_checkpointing", action="store_true")
         step.add_argument("--compile", action="store_true", help="ours with --compile")
         step.set_defaults(run=run_steps)
+
+    data = commands.add_parser(
+        "data", parents=[common], help="the loaders alone: samples a second of one worker, and of more"
+    )
+    data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to measure")
+    data.add_argument("--rounds", type=int, default=3, help="turns of each program")
+    data.add_argument("--seconds", type=float, default=5, help="of each measurement")
+    data.set_defaults(run=run_data)
+
+    start_ = commands.add_parser(
+        "start", parents=[common], help="seconds to --help, and from launch to the first update"
+    )
+    start_.add_argument("--shape", choices=SHAPES, default="small")
+    start_.add_argument("--rounds", type=int, default=3, help="turns of each program")
+    start_.set_defaults(run=run_start)
+
+    save = commands.add_parser("checkpoint", parents=[common], help="seconds that the loop stands still for a save")
+    save.add_argument("--shape", choices=SHAPES, default="small")
+    save.add_argument("--precision", choices=["fp32", "amp_bf16"], default="fp32")
+    save.add_argument("--rounds", type=int, default=5, help="turns of each program")
+    save.set_defaults(run=run_checkpoint)
+
+    curves = commands.add_parser("curve", parents=[common], help="both trained on the same batches: two loss curves")
+    curves.add_argument("--updates", type=int, default=300)
+    curves.set_defaults(run=run_curve)
     return parser
+
+
+def run_start(args: argparse.Namespace) -> None:
+    shape = SHAPES[args.shape]
+    finish(args, "start", start.describe(shape, start.measure(shape, args.rounds, args.only == "ours")))
+
+
+def run_checkpoint(args: argparse.Namespace) -> None:
+    shape = SHAPES[args.shape]
+    results = saving.measure(shape, args.precision, args.rounds, args.only == "ours")
+    finish(args, f"checkpoint {args.shape}", saving.describe(shape, results))
+
+
+def run_curve(args: argparse.Namespace) -> None:
+    losses = curve.measure(args.updates, args.only == "ours")
+    text = curve.describe(losses)
+    if not args.no_write and (image := curve.plot(losses)):
+        text += f"\n\n![loss curves](images/{image})"
+    finish(args, "curve", text)
+
+
+def run_data(args: argparse.Namespace) -> None:
+    results = loading.measure(tuple(args.workers), args.rounds, args.seconds, only_ours=args.only == "ours")
+    text = loading.describe(results)
+    if not args.no_write and (image := loading.plot(results, "data")):
+        text += f"\n\n![rates over workers](images/{image})"
+    finish(args, "data", text)
 
 
 def run_steps(args: argparse.Namespace) -> None:
@@ -49,4 +103,5 @@ def finish(args: argparse.Namespace, title: str, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    open_flamingo.__path__.append(str(ROOT))  # this checkout's `train`, installed or not
     args.run(args)

@@ -25,15 +25,16 @@ import torch
 from torch import Tensor
 
 import open_flamingo.flamingo
-from benchmarks.backbones import set_weights, vision_config, without_weights
+from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights
 from benchmarks.child import serve
-from benchmarks.parts import Parts, matrix_rate, peak_memory
-from benchmarks.shapes import SHAPES
+from benchmarks.parts import Parts, loading_rate, matrix_rate, peak_memory
+from benchmarks.shapes import Shape
+from benchmarks.shards import THRESHOLD
 from open_flamingo import create_model_and_transforms
 from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.arguments import build_parser
 from open_flamingo.train.data.images import normalization
-from open_flamingo.train.data.loader import Batch
+from open_flamingo.train.data.loader import Batch, DataOptions, build_loader, resolve_lanes
 from open_flamingo.train.distributed import distributed, find_place
 from open_flamingo.train.labels import laion_labels, mmc4_labels
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
@@ -92,7 +93,8 @@ class Ours:
     """The model, the optimiser and the sources, as `train.train` builds them."""
 
     def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
-        folder, shape = Path(args.folder), SHAPES[args.shape]
+        folder = Path(args.folder)
+        shape = Shape.read(folder)
         flags = [f"--precision={args.precision}", "--run_name", str(folder / "run-ours")]
         flags += ["--loss_multiplier_laion=0.2", "--warmup_steps=0"]
         self.args = build_parser().parse_args(flags)
@@ -104,7 +106,7 @@ class Ours:
         torch.manual_seed(0)
         with without_weights(), device:
             self.model, image_processor, tokenizer = create_model_and_transforms(
-                str(vision_config(folder, shape)),
+                str(folder / VISION_CONFIG),
                 None,
                 str(folder / "language"),
                 cross_attn_every_n_layers=shape.cross_attn_every_n_layers,
@@ -112,7 +114,7 @@ class Ours:
                 gradient_checkpointing=args.gradient_checkpointing,
             )
         self.model.to(device)
-        set_weights(self.model)
+        set_weights(self.model, folder)
         hold_weights(self.model, args.precision)
         self.step_model = parallelise(self.model, self.world)
         self.step_model.train()
@@ -146,9 +148,7 @@ class Ours:
         ]
 
     def _update(self) -> None:
-        train_update(
-            self.step_model, self.optimizer, self.scheduler, self.sources, 1, self.args.precision, self.scaler
-        )
+        train_update(self.step_model, self.optimizer, self.scheduler, self.sources, 1, self.args.precision, self.scaler)
 
     def use_batches(self, file: str | Path) -> None:
         batches = torch.load(file)
@@ -160,14 +160,14 @@ class Ours:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def steps(self, count: int) -> float:
-        """Seconds for `count` updates."""
+    def steps(self, count: int) -> tuple[float, float]:
+        """Seconds for `count` updates, on the clock and of CPU time."""
         self._wait()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for _ in range(count):
             self._update()
         self._wait()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
     def losses(self, count: int, rewind: bool = False) -> list[list[float]]:
         """LAION's and MMC4's unweighted loss of each of `count` updates."""
@@ -234,10 +234,35 @@ class Ours:
         return {"standstill": standstill, "on_disk": done, "bytes": size}
 
 
+class OurLoaders:
+    """The loaders alone."""
+
+    def __init__(self, folder: Path) -> None:
+        with without_weights():
+            _, self.image_processor, self.tokenizer = create_model_and_transforms(
+                str(folder / VISION_CONFIG), None, str(folder / "language"), use_local_files=True
+            )
+
+    def functions(self) -> list[Callable[..., Any]]:
+        return [self.rate]
+
+    def rate(self, kind: str, shards: str, batch_size: int, workers: int, seconds: float) -> dict[str, float]:
+        """Samples a second, and images and tokens of a sample."""
+        options = DataOptions(
+            kind, shards, batch_size, workers, resampled=True, mmc4_textsim_threshold=THRESHOLD,
+            lanes=resolve_lanes(None, 1, workers),
+        )  # fmt: skip
+
+        with build_loader(options, self.tokenizer, self.image_processor) as loader:
+            return loading_rate(
+                ((batch.image_counts, batch.attention_mask) for batch in loader), skip=3 * workers, seconds=seconds
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="backbones and batches")
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--loaders", action="store_true", help="the loaders alone")
     parser.add_argument("--batches", default="batches.pt")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -246,7 +271,7 @@ def main() -> None:
     parser.add_argument("--group", action="store_true", help="make a process group of one: sharded checkpoints need it")
     args = parser.parse_args()
     with ExitStack() as stack:
-        serve(lambda: Ours(args, stack).functions())
+        serve(lambda: (OurLoaders(Path(args.folder)) if args.loaders else Ours(args, stack)).functions())
 
 
 if __name__ == "__main__":

@@ -128,3 +128,27 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def loading_rate(batches: Iterator[tuple[list[int], Tensor]], skip: int, seconds: float) -> dict[str, float]:
+    """How fast a loader is, after its first `skip` batches, which were waiting ready or took its start.
+
+    Args:
+        batches: images of each row, and the attention mask.
+        skip: batches that do not count.
+        seconds: for how long to take batches.
+
+    Returns:
+        samples_per_second, and images and tokens of a sample, so that two loaders can be seen to do the same.
+    """
+    for _ in range(skip):
+        next(batches)
+    samples = images = tokens = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        counts, mask = next(batches)
+        samples += len(counts)
+        images += sum(counts)
+        tokens += int(mask.sum())
+    elapsed = time.perf_counter() - start
+    return {"samples_per_second": samples / elapsed, "images": images / samples, "tokens": tokens / samples}

@@ -7,8 +7,21 @@ does what its `train.py` does around the loop (AdamW groups, DDP, its defaults),
 
 from __future__ import annotations
 
+import argparse
+import functools
+import importlib.util
+import runpy
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "build" / "reference"
@@ -17,19 +30,6 @@ PACKAGES = ("open-flamingo==2.0.1", "einops-exts==0.0.4")
 if __name__ == "__main__":
     # Its package comes before ours of the same name, and its training modules import each other as top-level modules.
     sys.path[:1] = [str(REFERENCE), str(REFERENCE / "open_flamingo" / "train"), str(ROOT)]
-
-import argparse
-import functools
-import importlib.util
-import shutil
-import subprocess
-import tempfile
-import time
-import types
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
-from unittest.mock import patch
 
 
 def install(folder: Path = REFERENCE) -> None:
@@ -80,7 +80,9 @@ def no_marks_between_shards() -> None:
         data_utils.tar_file_expander = functools.partial(data_utils.tar_file_expander, eof_value=None)
 
 
-@patches("OpenCLIP 3 gives patch tokens after `ln_post`; with OpenCLIP 2.20, its pin, and here, they come from before it")
+@patches(
+    "OpenCLIP 3 gives patch tokens after `ln_post`; with OpenCLIP 2.20, its pin, and here, they come from before it"
+)
 def tokens_before_ln_post(tower: Any) -> None:
     if hasattr(tower, "final_ln_after_pool"):
         tower.final_ln_after_pool = True
@@ -161,13 +163,14 @@ class Reference:
         import torch
         from torch.nn.parallel import DistributedDataParallel
 
-        from benchmarks.backbones import set_weights, vision_config, without_weights
-        from benchmarks.shapes import SHAPES
+        from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights
+        from benchmarks.shapes import Shape
         from open_flamingo import create_model_and_transforms
 
         assert Path(create_model_and_transforms.__code__.co_filename).is_relative_to(REFERENCE)
         self.torch = torch
-        folder, shape = Path(args.folder), SHAPES[args.shape]
+        folder = Path(args.folder)
+        shape = Shape.read(folder)
         self.folder = folder / "run-reference"
         on_gpu = torch.cuda.is_available()
         self.args = argparse.Namespace(
@@ -196,7 +199,7 @@ class Reference:
         torch.manual_seed(0)
         with without_weights(), self.device:
             model, _, self.tokenizer = create_model_and_transforms(
-                vision_config_by_name(str(vision_config(folder, shape))),
+                vision_config_by_name(str(folder / VISION_CONFIG)),
                 None,
                 str(folder / "language"),
                 str(folder / "language"),
@@ -207,7 +210,7 @@ class Reference:
         special_tokens_of(self.tokenizer)
         tokens_before_ln_post(model.vision_encoder)
         model.to(self.device)
-        set_weights(model)
+        set_weights(model, folder)
         self.model = model
         self.ddp = DistributedDataParallel(model, device_ids=[self.device] if on_gpu else None)
         if args.gradient_checkpointing:
@@ -291,12 +294,12 @@ class Reference:
         if self.device.type == "cuda":
             self.torch.cuda.synchronize()
 
-    def steps(self, count: int) -> float:
+    def steps(self, count: int) -> tuple[float, float]:
         self._wait()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         self._train(count)
         self._wait()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
     def losses(self, count: int, rewind: bool = False) -> list[list[float]]:
         if rewind:
@@ -342,19 +345,101 @@ class Reference:
         return {"standstill": standstill, "on_disk": standstill, "bytes": size}
 
 
+class ReferenceLoaders:
+    """Its loaders alone."""
+
+    def __init__(self, folder: Path) -> None:
+        from benchmarks.backbones import VISION_CONFIG, without_weights
+        from open_flamingo import create_model_and_transforms
+
+        no_marks_between_shards()
+        language = str(folder / "language")
+        with without_weights():
+            _, self.image_processor, self.tokenizer = create_model_and_transforms(
+                vision_config_by_name(str(folder / VISION_CONFIG)),
+                None,
+                language,
+                language,
+                use_local_files=True,
+            )
+        special_tokens_of(self.tokenizer)
+
+    def functions(self) -> list[Callable[..., Any]]:
+        return [self.rate]
+
+    def rate(self, kind: str, shards: str, batch_size: int, workers: int, seconds: float) -> dict[str, float]:
+        import data
+        import torch
+
+        from benchmarks.parts import loading_rate
+        from benchmarks.shards import THRESHOLD
+
+        args = argparse.Namespace(
+            dataset_resampled=False,  # with it, its shuffling would hold 5,000 documents: more than the memory here
+            seed=42,
+            workers=workers,
+            world_size=1,
+            mmc4_textsim_threshold=THRESHOLD,
+            mmc4_min_num_images=1,
+            mmc4_max_num_images=6,
+        )
+        for name in ("laion", "mmc4"):
+            setattr(args, f"{name}_shards", shards)
+            setattr(args, f"batch_size_{name}", batch_size)
+            setattr(args, f"train_num_samples_{name}", 10**9)
+        loader = data.get_data(args, self.image_processor, self.tokenizer, {"laion": "image_text"}.get(kind, kind))
+
+        def batches() -> Iterator[tuple[list[int], Any]]:
+            for images, text in loader.dataloader:
+                if kind == "laion":
+                    yield [1] * len(images), text[1]
+                else:
+                    yield images.flatten(2).any(-1).sum(1).tolist(), torch.cat([mask for _, mask in text])
+
+        return loading_rate(batches(), skip=3 * workers, seconds=seconds)
+
+
+def train(argv: list[str]) -> None:
+    """Its `train.py`, for one process of this machine. `--vision_encoder_path=` may be the path of an OpenCLIP config."""
+    stand_in_for_wandb()
+    if "--help" not in argv:
+        import open_flamingo
+
+        ddp_on_the_cpu()
+        no_marks_between_shards()
+        build = open_flamingo.create_model_and_transforms
+
+        def build_and_mend(vision_encoder: str, *args: Any, **kwargs: Any) -> Any:
+            if vision_encoder.endswith(".json"):
+                vision_encoder = vision_config_by_name(vision_encoder)
+            model, image_processor, tokenizer = build(vision_encoder, *args, **kwargs)
+            special_tokens_of(tokenizer)
+            tokens_before_ln_post(model.vision_encoder)
+            return model, image_processor, tokenizer
+
+        open_flamingo.create_model_and_transforms = build_and_mend
+        argv = [*argv, f"--dist-url=file://{tempfile.mkdtemp()}/rendezvous"]
+    sys.argv = ["train.py", *argv]
+    runpy.run_path(str(REFERENCE / "open_flamingo" / "train" / "train.py"), run_name="__main__")
+
+
 def main() -> None:
     from benchmarks.child import serve
 
+    if sys.argv[1:2] == ["--train"]:
+        train(sys.argv[2:])
+        return
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="backbones and batches")
-    parser.add_argument("--shape", required=True)
+    parser.add_argument("--loaders", action="store_true", help="its loaders alone")
     parser.add_argument("--batches", default="batches.pt")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
     stand_in_for_wandb()
-    serve(lambda: Reference(args).functions())
+    serve(lambda: (ReferenceLoaders(Path(args.folder)) if args.loaders else Reference(args)).functions())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 LATENTS, INNER, RESAMPLER_DEPTH, FF_MULT = 64, 512, 6, 4
 """Of the resampler and of gated cross-attention, in both programs: latents an image, heads × width of a head, layers, and
 the feed-forward's inner width ÷ its outer."""
+SHAPE_FILE = "shape.json"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Text:
     rows: int
     tokens: int
     slots: int
-    images: tuple[int, ...]
+    images: Sequence[int]
 
     @property
     def counts(self) -> list[int]:
@@ -61,6 +65,16 @@ class Shape:
     @property
     def tokens(self) -> int:
         return self.laion.rows * self.laion.tokens + self.mmc4.rows * self.mmc4.tokens
+
+    def write(self, folder: Path) -> None:
+        (folder / SHAPE_FILE).write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Shape:
+        """What `write` wrote."""
+        values = json.loads((folder / SHAPE_FILE).read_text())
+        texts = {kind: Text(**values[kind]) for kind in ("laion", "mmc4")}
+        return cls(**(values | texts))
 
     def times(self, factor: int) -> Shape:
         """The same with `factor` times as many rows."""
@@ -117,7 +131,9 @@ SHAPES = {
 # Batches
 
 
-def draw_batches(shape: Shape, media_id: int, eoc_id: int, count: int, seed: int = 0) -> list[dict[str, dict[str, Tensor]]]:
+def draw_batches(
+    shape: Shape, media_id: int, eoc_id: int, count: int, seed: int = 0
+) -> list[dict[str, dict[str, Tensor]]]:
     """Random batches of full rows: `{"laion" | "mmc4": {"images", "input_ids", "image_counts"}}` each.
 
     images: uint8 [R, S, 3, size, size], zeros in slots without one. input_ids: long[R, T], with `<image>` where the first

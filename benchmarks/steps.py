@@ -15,7 +15,7 @@ from benchmarks.child import FOLDER, Child, ChildFailed
 from benchmarks.parts import PARTS
 from benchmarks.reference import install
 from benchmarks.report import table
-from benchmarks.shapes import SHAPES, Shape, draw_batches, needed_flops
+from benchmarks.shapes import Shape, draw_batches, needed_flops
 
 BATCHES = 3
 LOSS_BOUND = {"fp32": 2e-4, "amp_bf16": 5e-2}
@@ -28,13 +28,15 @@ CHECKED = 4  # updates
 class Program:
     """What was measured of one of the programs.
 
-    precision: that it ran in. seconds: of an update, for each round. parts: seconds of an update, by part. memory: bytes.
+    precision: that it ran in. seconds: of an update, for each round; cpu_seconds: of all
+    its threads together. parts: seconds of an update, by part. memory: bytes.
     """
 
     name: str
     precision: str
     checkpointing: bool = False
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
     memory: int = 0
@@ -102,7 +104,7 @@ def compare(
     comparison = Comparison(shape, needed_flops(shape, batch, media_id=shape.vocabulary - 2), {}, programs)
 
     def start(program: Program) -> Child:
-        arguments = [str(folder), f"--shape={shape.name}", f"--precision={program.precision}"]
+        arguments = [str(folder), f"--precision={program.precision}"]
         if program.checkpointing:
             arguments.append("--gradient_checkpointing")
         if compile_ours and program.name == "ours":
@@ -120,9 +122,13 @@ def compare(
                     elif not resident:
                         child.ask("steps", count=2)
                     child.ask("reset_memory")
-                    program.seconds.append(child.ask("steps", count=steps) / steps)
+                    seconds, cpu = child.ask("steps", count=steps)
+                    program.seconds.append(seconds / steps)
+                    program.cpu_seconds.append(cpu / steps)
                     program.memory = max(program.memory, child.ask("memory"))
-                    if name == "ours":  # the rate varies with the machine's load, as the steps do: the best of the run counts
+                    if (
+                        name == "ours"
+                    ):  # the rate varies with the machine's load, as the steps do: the best of the run counts
                         for kind in {program.precision for program in programs.values()}:
                             dtype = "float32" if kind == "fp32" else "bfloat16"
                             rate = child.ask("rate", dtype=dtype)
@@ -136,18 +142,20 @@ def compare(
     return comparison
 
 
-def largest(shape: Shape, name: str, precision: str, factors: tuple[int, ...], checkpointing: bool) -> tuple[int, float]:
+def largest(
+    shape: Shape, name: str, precision: str, factors: tuple[int, ...], checkpointing: bool
+) -> tuple[int, float]:
     """The largest multiple of the batch that fits, and its samples a second."""
     folder = prepare(shape)
     best = (0, 0.0)
     for factor in factors:
         prepare(shape, factor)
-        arguments = [str(folder), f"--shape={shape.name}", f"--precision={precision}", f"--batches=batches-{factor}.pt"]
+        arguments = [str(folder), f"--precision={precision}", f"--batches=batches-{factor}.pt"]
         arguments += ["--gradient_checkpointing"] * checkpointing
         try:
             with Child(name, *arguments) as child:
                 child.ask("steps", count=2)
-                best = (factor, 3 * shape.samples * factor / child.ask("steps", count=3))
+                best = (factor, 3 * shape.samples * factor / child.ask("steps", count=3)[0])
         except ChildFailed as error:
             if "out of memory" not in str(error).lower():
                 raise
@@ -188,6 +196,7 @@ def comparison_table(comparison: Comparison) -> str:
         row("seconds a step, median", each(lambda p: p.step), ".3f", down),
         row("… least", each(lambda p: min(p.seconds)), ".3f", down),
         row("… most", each(lambda p: max(p.seconds)), ".3f", down),
+        row("… of CPU time, median", each(lambda p: statistics.median(p.cpu_seconds)), ".3f", down),
         *(row(f"… {part} *", each(lambda p, part=part: p.parts[part]), ".3f", down) for part in PARTS),
         row("peak memory, GB", each(lambda p: p.memory / 1e9), ".2f", up),
         row("matrix rate, TFLOP/s", each(lambda p: comparison.rates[p.precision] / 1e12), ".3f"),
@@ -220,7 +229,3 @@ def describe(comparison: Comparison) -> str:
     if any(program.checkpointing for program in programs.values()):
         lines.append("With activation checkpointing.")
     return "\n".join(lines)
-
-
-def shape_named(name: str) -> Shape:
-    return SHAPES[name]
