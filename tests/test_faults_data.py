@@ -318,7 +318,7 @@ SHARDS: dict[str, Callable[[], tuple[bytes, list[str], list[str]]]] = {
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_shards(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards(name: str, tmp_path: Path) -> None:
     data, keys, reasons = SHARDS[name]()
     folder = tmp_path / "shards"
     folder.mkdir()
