@@ -16,7 +16,11 @@ FOLDER = ROOT / "build" / "benchmarks"
 
 
 class ChildFailed(RuntimeError):
-    """Says what the child's last words were."""
+    """Says what the child's last words were. `program`: which it was."""
+
+    def __init__(self, program: str, what: str, words: str) -> None:
+        super().__init__(f"{program}, asked for {what}:\n{words}")
+        self.program = program
 
 
 class Child:
@@ -53,7 +57,7 @@ class Child:
             answer = ""
         if not answer:
             self.close()
-            raise ChildFailed(f"{self.name}, asked for {what}:\n{self.log.read_text(errors='replace')[-3000:]}")
+            raise ChildFailed(self.name, what, self.log.read_text(errors="replace")[-3000:])
         return json.loads(answer)
 
     def close(self) -> None:

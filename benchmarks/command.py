@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import open_flamingo
-from benchmarks import curve, loading, report, saving, start, steps
+from benchmarks import curve, gpu, loading, report, saving, start, steps
 from benchmarks.child import ROOT
 from benchmarks.shapes import SHAPES
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="This program beside the reference, open-flamingo 2.0.1, in one run. Results go to docs/performance.md, in "
+        "the place of the last ones.",
+    )
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--only", choices=["ours"], help="without the reference")
-    common.add_argument("--no-write", action="store_true", help="print the result, but leave docs/performance.md alone")
+    common.add_argument("--document", type=Path, default=report.DOCUMENT, help="where results go")
+    common.add_argument("--no-write", action="store_true", help="print results only")
 
     for name in SHAPES:
-        step = commands.add_parser(name, parents=[common], help=f"updates of the shape {name}")
-        step.add_argument("--precision", choices=["fp32", "amp_bf16"], default="fp32")
+        step = commands.add_parser(name, parents=[common], help=f"updates of the shape `{name}` (see shapes.py)")
+        step.add_argument("--precision", choices=["fp32", "amp_bf16"], default="fp32", help="on a CPU, ours alone")
         step.add_argument("--rounds", type=int, default=5, help="turns of each program")
         step.add_argument("--steps", type=int, default=2, help="updates a turn")
-        step.add_argument("--gradient_checkpointing", action="store_true")
+        step.add_argument("--checkpointing", nargs="+", choices=["reference", "ours"], default=[])
         step.add_argument("--compile", action="store_true", help="ours with --compile")
         step.set_defaults(run=run_steps)
 
-    data = commands.add_parser(
-        "data", parents=[common], help="the loaders alone: samples a second of one worker, and of more"
-    )
+    data = commands.add_parser("data", parents=[common], help="the loaders alone: samples a second")
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to measure")
     data.add_argument("--rounds", type=int, default=3, help="turns of each program")
     data.add_argument("--seconds", type=float, default=5, help="of each measurement")
     data.set_defaults(run=run_data)
 
-    start_ = commands.add_parser(
-        "start", parents=[common], help="seconds to --help, and from launch to the first update"
-    )
-    start_.add_argument("--shape", choices=SHAPES, default="small")
-    start_.add_argument("--rounds", type=int, default=3, help="turns of each program")
-    start_.set_defaults(run=run_start)
+    begin = commands.add_parser("start", parents=[common], help="seconds to --help, and to the first update")
+    begin.add_argument("--shape", choices=SHAPES, default="small")
+    begin.add_argument("--rounds", type=int, default=3, help="turns of each program")
+    begin.set_defaults(run=run_start)
 
     save = commands.add_parser("checkpoint", parents=[common], help="seconds that the loop stands still for a save")
     save.add_argument("--shape", choices=SHAPES, default="small")
@@ -51,7 +53,36 @@ def build_parser() -> argparse.ArgumentParser:
     curves = commands.add_parser("curve", parents=[common], help="both trained on the same batches: two loss curves")
     curves.add_argument("--updates", type=int, default=300)
     curves.set_defaults(run=run_curve)
+
+    on_gpu = commands.add_parser("gpu", parents=[common], help="all rows of a GPU in under ten minutes")
+    on_gpu.add_argument("--budget", type=float, default=480, help="seconds after which no further part begins")
+    on_gpu.set_defaults(run=run_gpu)
+
+    merge = commands.add_parser("merge", help="put the results of another machine's document into docs/performance.md")
+    merge.add_argument("other", type=Path)
+    merge.set_defaults(run=lambda args: print(*report.merge(args.other), sep="\n"))
     return parser
+
+
+def run_steps(args: argparse.Namespace) -> None:
+    comparison = steps.compare(
+        SHAPES[args.what],
+        args.precision,
+        args.rounds,
+        args.steps,
+        only_ours=args.only == "ours",
+        checkpointing=args.checkpointing,
+        compile_ours=args.compile,
+    )
+    finish(args, f"{args.what} {args.precision}{' compiled' * args.compile}", steps.describe(comparison))
+
+
+def run_data(args: argparse.Namespace) -> None:
+    results = loading.measure(tuple(args.workers), args.rounds, args.seconds, only_ours=args.only == "ours")
+    text = loading.describe(results)
+    if not args.no_write and (image := loading.plot(results, "data", args.document)):
+        text += f"\n\n![rates over workers](images/{image})"
+    finish(args, "data", text)
 
 
 def run_start(args: argparse.Namespace) -> None:
@@ -68,37 +99,19 @@ def run_checkpoint(args: argparse.Namespace) -> None:
 def run_curve(args: argparse.Namespace) -> None:
     losses = curve.measure(args.updates, args.only == "ours")
     text = curve.describe(losses)
-    if not args.no_write and (image := curve.plot(losses)):
+    if not args.no_write and (image := curve.plot(losses, args.document)):
         text += f"\n\n![loss curves](images/{image})"
     finish(args, "curve", text)
 
 
-def run_data(args: argparse.Namespace) -> None:
-    results = loading.measure(tuple(args.workers), args.rounds, args.seconds, only_ours=args.only == "ours")
-    text = loading.describe(results)
-    if not args.no_write and (image := loading.plot(results, "data")):
-        text += f"\n\n![rates over workers](images/{image})"
-    finish(args, "data", text)
-
-
-def run_steps(args: argparse.Namespace) -> None:
-    comparison = steps.compare(
-        SHAPES[args.what],
-        args.precision,
-        args.rounds,
-        args.steps,
-        only_ours=args.only == "ours",
-        gradient_checkpointing=args.gradient_checkpointing,
-        compile_ours=args.compile,
-    )
-    text = steps.describe(comparison)
-    finish(args, f"{args.what} {args.precision}{' compiled' if args.compile else ''}", text)
+def run_gpu(args: argparse.Namespace) -> None:
+    gpu.run(lambda title, text: finish(args, title, text), args.only == "ours", args.budget)
 
 
 def finish(args: argparse.Namespace, title: str, text: str) -> None:
-    print(text)
+    print(f"\n{title}\n\n{text}", flush=True)
     if not args.no_write:
-        report.write_section(title.replace(" ", "-"), title, text)
+        report.write_section(title.replace(" ", "-"), title, text, args.document)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -181,8 +181,8 @@ def describe(losses: dict[str, list[list[float]]]) -> str:
     return text
 
 
-def plot(losses: dict[str, list[list[float]]]) -> str | None:
-    """The curves, and how far they lie apart, as an image for the document; None without matplotlib."""
+def plot(losses: dict[str, list[list[float]]], document: Path) -> str | None:
+    """The curves, and how far they lie apart, as an image beside `document`; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -201,6 +201,6 @@ def plot(losses: dict[str, list[list[float]]]) -> str | None:
     upper.legend(fontsize=8)
     lower.set_ylabel("difference")
     lower.set_xlabel("update")
-    path = plot_path("curve")
+    path = plot_path("curve", document)
     figure.savefig(path)
     return path.name

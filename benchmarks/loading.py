@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks import shards
 from benchmarks.backbones import write_backbones
@@ -88,8 +89,8 @@ def describe(results: list[Loading]) -> str:
     )
 
 
-def plot(results: list[Loading], name: str) -> str | None:
-    """Rates over workers, as an image for the document; None where there is one number of workers, or no matplotlib."""
+def plot(results: list[Loading], name: str, document: Path) -> str | None:
+    """Rates over workers, as an image beside `document`; None where there is one number of workers, or no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -111,6 +112,6 @@ def plot(results: list[Loading], name: str) -> str | None:
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("samples/s")
     axes[0].legend(fontsize=8)
-    path = plot_path(name)
+    path = plot_path(name, document)
     figure.savefig(path)
     return path.name

@@ -34,7 +34,7 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.arguments import build_parser
 from open_flamingo.train.data.images import normalization
-from open_flamingo.train.data.loader import Batch, DataOptions, build_loader, resolve_lanes
+from open_flamingo.train.data.loader import Batch, DataOptions, build_loader, resolve_lanes, resolve_workers
 from open_flamingo.train.distributed import distributed, find_place
 from open_flamingo.train.labels import laion_labels, mmc4_labels
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
@@ -144,6 +144,7 @@ class Ours:
             self.reset_memory,
             self.rate,
             self.save,
+            self.with_loaders,
             self.use_batches,
         ]
 
@@ -205,6 +206,31 @@ class Ours:
 
     def rate(self, dtype: str) -> float:
         return matrix_rate(self.world.device, getattr(torch, dtype))
+
+    def with_loaders(self, shards: dict[str, str], workers: int, count: int) -> dict[str, Any]:
+        """Updates on real data: seconds of one, seconds of it that were waited for data, and the workers of each dataset."""
+        used = {}
+        with ExitStack() as stack:
+            for source in self.sources:
+                rows = len(self.loaders[source.kind].batches[0].keys)
+                used[source.kind] = resolve_workers(workers, rows, 1)
+                options = DataOptions(
+                    source.kind,
+                    shards[source.kind],
+                    rows,
+                    used[source.kind],
+                    lanes=resolve_lanes(None, 1, used[source.kind]),
+                    resampled=True,
+                    mmc4_textsim_threshold=THRESHOLD,
+                )
+                loader = stack.enter_context(build_loader(options, self.tokenizer, self.image_processor))
+                stack.enter_context(patch.object(source, "loader", loader))
+            self.steps(3 * max(used.values()))  # until the workers' batches of the start are used up
+            for source in self.sources:
+                source.reset()
+            seconds, _ = self.steps(count)
+            waited = sum(source.seconds_waited for source in self.sources)
+        return {"seconds": seconds / count, "waited": waited / count, "workers": used}
 
     def save(self, sharded: bool) -> dict[str, float]:
         """Seconds that the loop stands still for a checkpoint, seconds until it is on disk, and its bytes."""

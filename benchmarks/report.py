@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -57,8 +58,12 @@ def provenance() -> str:
 
 def write_section(name: str, title: str, text: str, document: Path = DOCUMENT) -> None:
     """Puts a result into the document: in the place of the last one of this name, or at its end."""
+    put(name, f"### {title}\n\n{text.strip()}\n\n*{provenance()}*\n", document)
+
+
+def put(name: str, section: str, document: Path) -> None:
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    section = f"{begin}\n### {title}\n\n{text.strip()}\n\n*{provenance()}*\n{end}"
+    section = f"{begin}\n{section}{end}"
     content = document.read_text(encoding="utf-8") if document.exists() else "# Performance\n"
     if begin in content:
         before, _, rest = content.partition(begin)
@@ -68,6 +73,16 @@ def write_section(name: str, title: str, text: str, document: Path = DOCUMENT) -
         content = f"{content.rstrip()}\n\n{section}\n"
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(content, encoding="utf-8")
+
+
+def merge(other: Path, document: Path = DOCUMENT) -> list[str]:
+    """Puts the results of another document, of another machine, into this one. Returns their names."""
+    found = re.findall(r"<!-- begin: (.+?) -->\n(.*?)<!-- end: \1 -->", other.read_text(encoding="utf-8"), re.DOTALL)
+    for name, section in found:
+        put(name, section, document)
+    for image in (other.parent / "images").glob("*.svg"):
+        shutil.copy(image, plot_path(image.stem, document))
+    return [name for name, _ in found]
 
 
 def plot_path(name: str, document: Path = DOCUMENT) -> Path:

@@ -106,24 +106,21 @@ def mpt(width: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 # The batch of the published recipes, on each GPU, with 3 images a document.
-RECIPE = {"laion": Text(64, 32, 1, (1,)), "mmc4": Text(32, 256, 6, (1, 2, 3, 4, 5, 3))}
+RECIPE: dict[str, Any] = {"laion": Text(64, 32, 1, (1,)), "mmc4": Text(32, 256, 6, (1, 2, 3, 4, 5, 3))}
+
+TOY_VIT = vit(64, 2, 32, size=64, head=32)
+TOY: dict[str, Any] = {"vocabulary": 1000, "laion": Text(2, 16, 1, (1,)), "mmc4": Text(2, 32, 3, (2, 1))}
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(
-            "toy",  # for the tests of this package
-            vit(64, 2, 32, size=64, head=32),
-            gpt_neox(64, 2, 2),
-            vocabulary=1000,
-            laion=Text(2, 16, 1, (1,)),
-            mmc4=Text(2, 32, 3, (2, 1)),
-        ),
+        Shape("toy", TOY_VIT, gpt_neox(64, 2, 2), **TOY),  # for the tests of this package
+        Shape("toy-mpt", TOY_VIT, mpt(64, 2, 2), **TOY),
         Shape("small", vit(384, 6, 32), gpt_neox(512, 8, 8)),
         Shape("mid", vit(768, 12, 32), gpt_neox(512, 8, 8)),
-        Shape("3b", vit(1024, 24, 14), mpt(2048, 24, 16), **RECIPE),  # type: ignore[arg-type]
-        Shape("4b", vit(1024, 24, 14), gpt_neox(2560, 32, 32), cross_attn_every_n_layers=2, **RECIPE),  # type: ignore[arg-type]
-        Shape("9b", vit(1024, 24, 14), mpt(4096, 32, 32), cross_attn_every_n_layers=4, **RECIPE),  # type: ignore[arg-type]
+        Shape("3b", vit(1024, 24, 14), mpt(2048, 24, 16), **RECIPE),
+        Shape("4b", vit(1024, 24, 14), gpt_neox(2560, 32, 32), cross_attn_every_n_layers=2, **RECIPE),
+        Shape("9b", vit(1024, 24, 14), mpt(4096, 32, 32), cross_attn_every_n_layers=4, **RECIPE),
     )
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,8 +78,9 @@ def compare(
     steps: int,
     only_ours: bool = False,
     resident: bool = True,
-    gradient_checkpointing: bool = False,
+    checkpointing: Collection[str] = (),
     compile_ours: bool = False,
+    chunks: int = 1,
 ) -> Comparison:
     """Measures both programs in turns: A B A B …
 
@@ -87,7 +89,8 @@ def compare(
         steps: updates a turn.
         resident: both processes live all the time, and one waits while the other works. Otherwise each is started anew for its
             turn, for a GPU's memory that cannot hold both.
-        gradient_checkpointing: of the reference; ours, too.
+        checkpointing: which of "reference" and "ours" run with activation checkpointing.
+        chunks: how many times `steps` updates are measured in each turn.
 
     Raises ValueError where the programs do not compute the same losses.
     """
@@ -95,8 +98,10 @@ def compare(
     batch = torch.load(folder / "batches.pt")[0]
     on_gpu = torch.cuda.is_available()
     # Its autocast is CUDA's: on a CPU it does nothing, so float32 is what it computes in whatever it is told.
-    programs = {"reference": Program("reference", precision if on_gpu else "fp32", gradient_checkpointing)}
-    programs["ours"] = Program("ours", precision, gradient_checkpointing)
+    programs = {"reference": Program("reference", precision if on_gpu else "fp32")}
+    programs["ours"] = Program("ours", precision)
+    for name, program in programs.items():
+        program.checkpointing = name in checkpointing
     if only_ours:
         del programs["reference"]
     else:
@@ -122,9 +127,10 @@ def compare(
                     elif not resident:
                         child.ask("steps", count=2)
                     child.ask("reset_memory")
-                    seconds, cpu = child.ask("steps", count=steps)
-                    program.seconds.append(seconds / steps)
-                    program.cpu_seconds.append(cpu / steps)
+                    for _ in range(chunks):
+                        seconds, cpu = child.ask("steps", count=steps)
+                        program.seconds.append(seconds / steps)
+                        program.cpu_seconds.append(cpu / steps)
                     program.memory = max(program.memory, child.ask("memory"))
                     if (
                         name == "ours"
@@ -210,10 +216,10 @@ def comparison_table(comparison: Comparison) -> str:
 def describe(comparison: Comparison) -> str:
     """The whole section of one comparison."""
     shape, programs = comparison.shape, comparison.programs
-    rounds = len(programs["ours"].seconds)
+    measured = len(programs["ours"].seconds)
     needed = ", ".join(f"{part} {flops / 1e12:.3f}" for part, flops in comparison.flops.items())
     lines = [
-        f"{in_words(shape)}. Medians of {rounds} rounds, the programs in turns.",
+        f"{in_words(shape)}. Medians of {measured} measurements, the programs in turns.",
         "",
         comparison_table(comparison),
         "",
@@ -226,6 +232,6 @@ def describe(comparison: Comparison) -> str:
         lines.append(
             f"Losses of the first {CHECKED} updates: at most {comparison.loss_difference:.1e} apart (bound {bound:.0e})."
         )
-    if any(program.checkpointing for program in programs.values()):
-        lines.append("With activation checkpointing.")
+    if checkpointed := [name for name, program in programs.items() if program.checkpointing]:
+        lines.append(f"With activation checkpointing: {' and '.join(checkpointed)}.")
     return "\n".join(lines)
