@@ -258,7 +258,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
 ) -> None:
     run = tmp_path / "run"
     process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=4")
-    wait_for(lambda: updates_done(run) >= 3, process)
+    wait_for(lambda: updates_done(run) >= 8, process)
     victim = ranks_of(process)[rank]
     os.kill(victim, signal.SIGSTOP)
     output, _ = process.communicate()
@@ -295,11 +295,11 @@ def test_without_a_launcher_that_watches_the_other_rank_ends_by_itself(disturbed
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
-    wait_for(lambda: updates_done(tmp_path / "run") >= 2, ranks[0])
+    wait_for(lambda: updates_done(tmp_path / "run") >= 8, ranks[0])
     ranks[0].send_signal(signal.SIGSTOP)
     output, _ = ranks[1].communicate()
     assert ranks[1].returncode == 1
-    assert "rank 0 has died or hangs" in output
+    assert re.search(rf"Rank 0 \(\S+, pid {ranks[0].pid}\) has died or hangs: last heard of at update \d+", output), output
     ranks[0].kill()
     ranks[0].communicate()
 

@@ -358,8 +358,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def test_slurm_runs_and_requeues_the_script_of_the_repository(
     slurm: Slurm, recipe: list[str], gated: Gated, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Two tasks on the CPU. In mid-run the script is told that its time is nearly up: it queues the job again, which goes
-    on where it was."""
+    """Two tasks on the CPU. In mid-run the script is told that its time is nearly up: it has the ranks save and queues the
+    job again, which goes on where it was."""
     run, job_log = tmp_path / "run", tmp_path / "job.log"
     options = [
         "--ntasks-per-node=2",
@@ -381,14 +381,17 @@ def test_slurm_runs_and_requeues_the_script_of_the_repository(
 
     wait_for(lambda: list(run.glob("epoch_*.pt")), lambda: state() in ("PENDING", "RUNNING"), log)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: slurm.job(job)["Restarts"] == "1", lambda: state() in ("PENDING", "RUNNING", "COMPLETING"), log)
+    wait_for(lambda: "is to save and stop" in log(), lambda: state() == "RUNNING", log)
+    time.sleep(1)  # the signal's way through srun to the ranks, which wait for data
     gated.open()
+    wait_for(lambda: slurm.job(job)["Restarts"] == "1", lambda: state() in ("PENDING", "RUNNING", "COMPLETING"), log)
     wait_for(lambda: state() == "PENDING", lambda: state() != "FAILED", log)
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # or it would wait for two minutes
     wait_for(lambda: state() == "COMPLETED", lambda: state() in ("PENDING", "RUNNING", "COMPLETING"), log)
 
     said = job_log.read_text()
     assert "SLURM: 2 x cpu" in said
+    assert "SIGUSR1: saved after update" in said
     assert "resuming from" in said
     assert_same(undisturbed, load(run))
 

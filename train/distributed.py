@@ -15,10 +15,12 @@ derived from the launcher: see `meeting_point`.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import socket
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +63,7 @@ class Place:
     local_world_size: int | None = 1
 
 
-ENVIRONMENT, OPEN_MPI, SLURM, HOROVOD = "environment", "Open MPI", "SLURM", "Horovod"
+ENVIRONMENT, TORCHRUN, OPEN_MPI, SLURM, HOROVOD = "environment", "torchrun", "Open MPI", "SLURM", "Horovod"
 
 # In the order in which they are asked. Of a launcher: the variables of rank, world size, local rank, local world size.
 _VARIABLES = {
@@ -93,7 +95,7 @@ def find_place(horovod: bool = False) -> Place:
             raise ValueError(f"{rank_name}={rank} is not a rank of {size_name}={world_size} processes")
         local_world_size = 1 if world_size == 1 else _integer(local_size_name)
         if launcher == ENVIRONMENT and "TORCHELASTIC_RUN_ID" in os.environ:
-            launcher = "torchrun"
+            launcher = TORCHRUN
         return Place(launcher, rank, world_size, local_rank or 0, local_world_size)
     if "HOROVOD_RANK" in os.environ:
         raise ValueError("horovodrun started this process, but --horovod is missing: each process would train alone")
@@ -181,17 +183,44 @@ def _port(name: str) -> str:
 def _meet_through_horovod(place: Place) -> dist.Store:
     """A store on rank 0, on a port that was free there, which Horovod's broadcast tells to the other ranks."""
     hvd = _horovod()
-    store = None
-    address: tuple[str, int] | None = None
-    if place.rank == 0:
-        one_node = place.local_world_size == place.world_size
-        # The name under which horovodrun itself has reached this node.
-        host = "127.0.0.1" if one_node else os.environ.get("HOROVOD_HOSTNAME", socket.gethostname())
-        store = dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False)
-        address = (host, store.port)
-        log.info("Horovod: %d processes meet at %s:%d", place.world_size, host, store.port)
-    host, port = hvd.broadcast_object(address, root_rank=0, name="meeting point")
+    one_node = place.local_world_size == place.world_size
+    # The name under which horovodrun itself has reached this node.
+    host = "127.0.0.1" if one_node else os.environ.get("HOROVOD_HOSTNAME", socket.gethostname())
+    store = _open_store(host, place) if place.rank == 0 else None
+    host, port = hvd.broadcast_object((host, store.port) if store else None, root_rank=0, name="meeting point")
+    log.info("Horovod: %d processes meet at %s:%d", place.world_size, host, port)
     return store or dist.TCPStore(host, port, place.world_size, is_master=False)
+
+
+def _open_store(host: str, place: Place) -> dist.TCPStore:
+    return dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False)
+
+
+def _meet_through_torchrun(place: Place, timeout: timedelta) -> dist.Store:
+    """A store on rank 0, on a port that was free there, which torchrun's store tells to the other ranks.
+
+    Torchrun's own store outlives a restart of the ranks, and with it the addresses at which those before listened; ranks
+    that find these first fail to connect, or wait for ever (seen with gloo and torch 2.15).
+    """
+    theirs, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+    if place.rank == 0:
+        store = _open_store(os.environ["MASTER_ADDR"], place)
+        theirs.set(_MEETING_POINT, json.dumps([store.host, store.port]))
+        log.info("torchrun: %d processes meet at %s:%d", place.world_size, store.host, store.port)
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        host, port = json.loads(theirs.get(_MEETING_POINT))
+        try:
+            store = dist.TCPStore(host, port, place.world_size, is_master=False, timeout=timedelta(seconds=3))
+            store.set_timeout(timeout)
+            return store
+        except dist.DistError:  # of before a restart, whose rank 0 is gone: that of now will tell its own
+            if time.monotonic() > deadline:
+                raise
+
+
+_MEETING_POINT = "open_flamingo/meeting_point"
 
 
 def _device(place: Place, set_device: bool) -> torch.device:
@@ -245,6 +274,8 @@ def distributed(
         how = {"store": dist.HashStore()}
     elif place.launcher == HOROVOD and dist_url == "env://":
         how = {"store": _meet_through_horovod(place)}
+    elif place.launcher == TORCHRUN and dist_url == "env://":
+        how = {"store": _meet_through_torchrun(place, timedelta(seconds=timeout))}
     else:
         how = {"init_method": meeting_point(place, dist_url)}
         log.info("%s: %d processes meet at %s", place.launcher, place.world_size, _in_words(how["init_method"]))

@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from open_flamingo.train.data.loader import Batch
-from open_flamingo.train.distributed import World, gather_objects
+from open_flamingo.train.distributed import TORCHRUN, World, gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -250,8 +250,8 @@ class Watchdog:
         self._timeout = timeout
         self._interval = min(1.0, timeout / 10)
         self._store: dist.Store | None = None
-        # torchrun keeps its store when it starts the ranks again.
-        self._prefix = f"health/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._rank_0: _Report | None = None  # the last that was heard of it: it keeps the store
+        self._silent: list[_Report] = []
         self._progress, self._where, self._since = 0, "the start", time.monotonic()
         self._over = threading.Event()
         self._parent = os.getppid()
@@ -279,14 +279,15 @@ class Watchdog:
             beat += 1
             report = _Report(beat, self._progress, self._where, socket.gethostname(), os.getpid())
             try:
-                self._store.set(f"{self._prefix}/{self._world.rank}", json.dumps(report))
-            except RuntimeError:  # who keeps the store is gone: the training will notice, or does not need it
+                self._store.set(_key(self._world.rank), json.dumps(report))
+                self._rank_0 = _Report(*json.loads(self._store.get(_key(0))))
+            except RuntimeError:  # rank 0 is gone: the training will notice
                 return
             self._over.wait(self._interval)
 
     def _watch(self) -> None:
         while not self._over.wait(self._interval):
-            if self._world.launcher == "torchrun" and os.getppid() != self._parent:
+            if self._world.launcher == TORCHRUN and os.getppid() != self._parent:
                 log.error("torchrun (pid %d) has died: stopping", self._parent)
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._parent = os.getppid()
@@ -308,16 +309,16 @@ class Watchdog:
 
     def explain(self) -> str | None:
         """Which rank the others wait for, in words; None if there is none. Takes some seconds."""
-        self._silent: list[_Report] = []
         found: list[str | None] = []
         # In a thread: a store whose keeper is stopped never answers.
         thread = threading.Thread(target=lambda: found.append(self._compare()), daemon=True)
         thread.start()
         thread.join(3 * self._interval + 5)
-        if found:
-            return found[0]
-        keeper = "torchrun on the first node" if self._world.launcher == "torchrun" else "rank 0"
-        return f"{keeper} has died or hangs: it keeps the store in which the ranks meet, which does not answer."
+        return found[0] if found else self._rank_0_is_gone()
+
+    def _rank_0_is_gone(self) -> str:
+        self._silent = [] if self._rank_0 is None else [self._rank_0]
+        return _last_heard(0, "has died or hangs", self._rank_0)
 
     def _compare(self) -> str | None:
         if self._store is None:
@@ -327,7 +328,7 @@ class Watchdog:
             time.sleep(3 * self._interval)
             now = self._read()
         except RuntimeError:
-            return "Who keeps the store in which the ranks meet (torchrun on the first node, or rank 0) has died."
+            return self._rank_0_is_gone()
         silent = [rank for rank in now if rank != self._world.rank and now[rank].beat == before[rank].beat]
         silent += [rank for rank in range(self._world.world_size) if rank not in now]
         self._silent = [now[rank] for rank in silent if rank in now]
@@ -341,10 +342,15 @@ class Watchdog:
 
     def _read(self) -> dict[int, _Report]:
         assert self._store is not None
-        keys = {rank: f"{self._prefix}/{rank}" for rank in range(self._world.world_size)}
-        return {
-            rank: _Report(*json.loads(self._store.get(key))) for rank, key in keys.items() if self._store.check([key])
-        }
+        reports = {}
+        for rank in range(self._world.world_size):
+            if self._store.check([_key(rank)]):
+                reports[rank] = _Report(*json.loads(self._store.get(_key(rank))))
+        return reports
+
+
+def _key(rank: int) -> str:
+    return f"health/{rank}"
 
 
 def _last_heard(rank: int, what: str, report: _Report | None) -> str:

@@ -341,6 +341,7 @@ def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None
             mmc4_max_num_images=args.mmc4_max_num_images,
             mmc4_min_num_images=args.mmc4_min_num_images,
             shuffle_buffer=getattr(args, f"shuffle_buffer_{kind}"),
+            timeout=args.dist_timeout,
             rank=world.rank,
             world_size=world.world_size,
         )

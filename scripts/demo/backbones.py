@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from .documents import draw_document
 from .progress import Tracker, silent
-from .world import caption, draw_scene, render
+from .world import TRAINING, caption, render
 
 VISION_CONFIG = {
     "embed_dim": 64,
@@ -54,7 +54,7 @@ def train_tokenizer(folder: Path, seed: int = 0) -> PreTrainedTokenizerFast:
 def draw_text(rng: random.Random) -> str:
     """What the language model reads: a caption, or a document without its pictures."""
     if rng.random() < 0.6:
-        return caption(draw_scene(rng))
+        return caption(rng.choice(TRAINING))
     return " ".join(draw_document(rng).sentences)
 
 
@@ -83,9 +83,6 @@ def pretrain_language_model(
         eos_token_id=tokenizer.eos_token_id,
     )
     model = GPT2LMHeadModel(config)
-    # Every position must be easy to tell from the others, so that what is trained later can tell the first shape of a caption
-    # from the second: this small model has no need to know that, and would not say.
-    nn.init.normal_(model.transformer.wpe.weight, std=0.3)
 
     def loss_of_a_batch() -> Tensor:
         texts = [END_OF_TEXT + draw_text(rng) + END_OF_TEXT for _ in range(batch_size)]
@@ -138,14 +135,14 @@ def pretrain_vision_tower(
     _start_positions(tower)
 
     track = track or silent()
-    scenes = [draw_scene(rng) for _ in range(pictures)]
+    scenes = [rng.choice(TRAINING) for _ in range(pictures)]
     inputs = torch.stack(
         [tower_input(torch.from_numpy(render(rng, scene))) for scene in track(scenes, pictures, "pictures")]
     )
     captions = [caption(scene).split() for scene in scenes]
-    words = ["", *sorted({word for text in captions for word in text})]  # "" fills up short captions
-    length = max(map(len, captions))
-    targets = torch.tensor([[words.index(word) for word in text + [""] * (length - len(text))] for text in captions])
+    words = sorted({word for text in captions for word in text})
+    targets = torch.tensor([[words.index(word) for word in text] for text in captions])
+    length = targets.shape[1]
     head = nn.Linear(VISION_CONFIG["embed_dim"], length * len(words))
 
     def loss_of_a_batch() -> Tensor:

@@ -41,8 +41,8 @@ class Scale:
     documents: int
     updates: int
     held_out_pictures: int
-    batch_size_laion: int = 8  # a process
-    batch_size_mmc4: int = 4
+    batch_size_laion: int = 6  # a process
+    batch_size_mmc4: int = 2
 
 
 FULL = Scale(
@@ -51,7 +51,7 @@ FULL = Scale(
     language_steps=600,
     pairs=6000,
     documents=2000,
-    updates=600,
+    updates=500,
     held_out_pictures=200,
 )
 SMOKE = Scale(
@@ -201,12 +201,12 @@ def report(folder: Path, scale: Scale, checkpoint: Path) -> None:
     from .captioner import Captioner
     from .score import chance, total_score
     from .sheet import write_sheet
-    from .world import HELD_OUT, caption, draw_scene, render
+    from .world import HELD_OUT, caption, render
 
     rng = random.Random("held out")
-    scenes = [draw_scene(rng, HELD_OUT) for _ in range(scale.held_out_pictures)]
+    scenes = [rng.choice(HELD_OUT) for _ in range(scale.held_out_pictures)]
     pictures = [render(rng, scene) for scene in scenes]
-    blanks = [render(rng, []) for _ in scenes]
+    blanks = [render(rng, None) for _ in scenes]
 
     captioner = Captioner(folder / "backbones", checkpoint)
     texts = captioner(pictures, "captions")

@@ -4,9 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .world import ATTRIBUTES, COLOURS, FORMS, PLACES, SIZES, Shape, caption, draw_scene
-
-VOCABULARY = {"place": PLACES, "size": tuple(SIZES), "colour": tuple(COLOURS), "form": FORMS}
+from .world import ATTRIBUTES, FORMS, TRAINING, VOCABULARY, Scene, caption
 
 
 class Score(NamedTuple):
@@ -18,45 +16,35 @@ class Score(NamedTuple):
         return self.right / self.total if self.total else 0.0
 
 
-def parse(text: str) -> list[dict[str, str]]:
-    """The attributes that each phrase of a caption names: what is not said is not there."""
-    shapes = []
-    for phrase in text.strip().removesuffix(".").split(" and "):
-        words = phrase.split()
-        shape = {name: value for name in ("size", "colour", "form") for value in VOCABULARY[name] if value in words}
-        shape.update(("place", place) for place in PLACES if place in phrase)
-        if shape:
-            shapes.append(shape)
-    return shapes
+def parse(text: str) -> dict[str, str]:
+    """The attributes that a caption names: what is not said, or is said twice, is not there."""
+    singular = {plural: form for form, plural in FORMS.items()}
+    words = [singular.get(word, word) for word in text.strip().removesuffix(".").split()]
+    text = " ".join(words)
+    named = {
+        name: [value for value in values if (value in words if name != "place" else value in text)]
+        for name, values in VOCABULARY.items()
+    }
+    return {name: values[0] for name, values in named.items() if len(values) == 1}
 
 
-def score(text: str, scene: Sequence[Shape]) -> dict[str, Score]:
-    """By attribute: how many the caption has right, its first phrase against the first shape and so on.
-
-    A shape without a phrase, or a phrase without a shape, is four wrong attributes.
-    """
-    said = parse(text)
-    total = max(len(said), len(scene))
+def total_score(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, Score]:
+    """By attribute, and "all": how many of the captions name it as it is."""
+    said = [parse(text) for text in texts]
     right = {
-        name: sum(phrase.get(name) == getattr(shape, name) for phrase, shape in zip(said, scene, strict=False))
+        name: sum(words.get(name) == getattr(scene, name) for words, scene in zip(said, scenes, strict=True))
         for name in ATTRIBUTES
     }
-    return {name: Score(right[name], total) for name in ATTRIBUTES}
+    totals = {name: Score(right[name], len(scenes)) for name in ATTRIBUTES}
+    return {**totals, "all": Score(sum(right.values()), len(scenes) * len(ATTRIBUTES))}
 
 
-def total_score(texts: Sequence[str], scenes: Sequence[Sequence[Shape]]) -> dict[str, Score]:
-    """By attribute, and "all", over many pictures."""
-    scores = [score(text, scene) for text, scene in zip(texts, scenes, strict=True)]
-    totals = {name: Score(*map(sum, zip(*(each[name] for each in scores), strict=True))) for name in ATTRIBUTES}
-    return {**totals, "all": Score(*map(sum, zip(*totals.values(), strict=True)))}
+def chance(scenes: Sequence[Scene], guesses: int = 200, seed: int = 0) -> tuple[float, float]:
+    """The shares of attributes right for who sees no picture, but knows what training says.
 
-
-def chance(scenes: Sequence[Sequence[Shape]], guesses: int = 200, seed: int = 0) -> tuple[float, float]:
-    """The shares of attributes right for who sees no picture, but knows how often training says what.
-
-    Returns the mean over captions drawn as training draws them, each given as the answer for every scene; and that of the
-    luckiest of them.
+    Returns the mean over captions of training, each given as the answer for every scene; and that of the luckiest of them.
     """
     rng = random.Random(f"chance {seed}")
-    shares = [total_score([caption(draw_scene(rng))] * len(scenes), scenes)["all"].share for _ in range(guesses)]
+    captions = [caption(rng.choice(TRAINING)) for _ in range(guesses)]
+    shares = [total_score([text] * len(scenes), scenes)["all"].share for text in captions]
     return sum(shares) / len(shares), max(shares)

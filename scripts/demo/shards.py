@@ -11,7 +11,7 @@ import webdataset
 
 from .documents import draw_document
 from .progress import Tracker, silent
-from .world import caption, draw_scene, render
+from .world import TRAINING, caption, render
 
 JPEG_QUALITY = 90
 
@@ -25,7 +25,7 @@ def write_laion(
     pattern = str(folder / "%05d.tar")
     with webdataset.ShardWriter(pattern, maxcount=pairs_per_shard, verbose=0) as writer:
         for number in (track or silent())(range(pairs), pairs, "LAION pairs"):
-            scene = draw_scene(rng)
+            scene = rng.choice(TRAINING)
             picture = encode(render(rng, scene))
             writer.write({"__key__": f"{number:08d}", "jpg": picture, "txt": caption(scene)})
     return braces(folder, -(-pairs // pairs_per_shard), 5)

@@ -9,7 +9,7 @@ import numpy as np
 
 from .score import parse
 from .shards import encode
-from .world import ATTRIBUTES, Shape, caption
+from .world import ATTRIBUTES, FORMS, Scene, caption
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; background: #fafafa }
@@ -21,9 +21,9 @@ figcaption .truth { color: #777; font-size: .87em } .wrong { background: #ffd9d6
 
 
 def write_sheet(
-    path: Path, headline: str, numbers: Sequence[tuple[str, str]], rows: Sequence[tuple[np.ndarray, list[Shape], str]]
+    path: Path, headline: str, numbers: Sequence[tuple[str, str]], rows: Sequence[tuple[np.ndarray, Scene, str]]
 ) -> None:
-    """Write a page that needs no other file: `numbers` are (value, what it is), `rows` are (picture, its shapes, caption)."""
+    """Write a page that needs no other file: `numbers` are (value, what it is), `rows` are (picture, what it shows, caption)."""
     figures = []
     for picture, scene, text in rows:
         source = base64.b64encode(encode(picture)).decode()
@@ -41,18 +41,14 @@ def write_sheet(
     )
 
 
-def mark_wrong(text: str, scene: Sequence[Shape]) -> str:
+def mark_wrong(text: str, scene: Scene) -> str:
     """The caption as HTML, what is wrong in it marked."""
-    phrases = []
     said = parse(text)
-    pieces = text.split(" and ")
-    if len(pieces) != len(said):  # not the language of captions
+    if len(said) < len(ATTRIBUTES):  # not the language of captions
         return f'<span class="wrong">{html.escape(text)}</span>'
-    for number, (piece, attributes) in enumerate(zip(pieces, said, strict=True)):
-        marked = html.escape(piece)
-        for name in ATTRIBUTES:
-            word = attributes.get(name)
-            if word and (number >= len(scene) or word != getattr(scene[number], name)):
-                marked = marked.replace(word, f'<span class="wrong">{word}</span>', 1)
-        phrases.append(marked)
-    return " and ".join(phrases)
+    marked = html.escape(text)
+    for name, word in said.items():
+        if word != getattr(scene, name):
+            written = FORMS[word] if name == "form" and FORMS[word] in marked else word
+            marked = marked.replace(written, f'<span class="wrong">{written}</span>', 1)
+    return marked

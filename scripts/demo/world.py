@@ -1,16 +1,16 @@
-"""The demo's small world: pictures of one or two shapes, and English captions that say all there is to say of them.
+"""The demo's small world: pictures of one to three equal shapes, and English captions that say all there is to say of them.
 
-A shape has four attributes: place, size, colour and form ("at the top a large red cross"). Training flips pictures left to right,
-so no word of this world means left or right: a place is one of three bands, and a shape stands anywhere along it.
+A picture has five attributes: count, size, colour, form and place ("two large red crosses at the top"). Training flips
+pictures left to right, so no word of this world means left or right: a place is one of three bands, and shapes stand anywhere
+along it.
 
-The *held-out* combinations of the four appear in no picture and no text of any training stage; held-out pictures show
+The *held-out* combinations of the five appear in no picture and no text of any training stage; held-out pictures show
 nothing else. Each of their words, and each pair of them, is common in training: whoever describes held-out pictures
 has learned the words, not the pictures.
 """
 
 import itertools
 import random
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,62 +25,58 @@ COLOURS = {  # all lighter than the ground
     "purple": (165, 60, 200),
     "white": (250, 250, 250),
 }
-FORMS = ("circle", "square", "triangle", "cross")
+FORMS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}  # one, and several
 PLACES = ("at the top", "in the middle", "at the bottom")
-ATTRIBUTES = ("place", "size", "colour", "form")
+COUNTS = ("one", "two", "three")
 IMAGE_SIZE = 192  # pixels, both sides
-MAX_SHAPES = 2
 GRAIN = 64  # grey levels between the darkest and the lightest grain
 
 
-class Shape(NamedTuple):
-    place: str
+class Scene(NamedTuple):
+    """What a picture shows, in words."""
+
+    count: str
     size: str
     colour: str
     form: str
-
-    def __str__(self) -> str:
-        return f"{self.place} a {self.size} {self.colour} {self.form}"
+    place: str
 
 
-def is_held_out(shape: Shape) -> bool:
+ATTRIBUTES = Scene._fields
+VOCABULARY = {"count": COUNTS, "size": tuple(SIZES), "colour": tuple(COLOURS), "form": tuple(FORMS), "place": PLACES}
+
+
+def is_held_out(scene: Scene) -> bool:
     """One combination in six, spread evenly: any two of its attributes occur together in training."""
-    place, size = PLACES.index(shape.place), list(SIZES).index(shape.size)
-    colour, form = list(COLOURS).index(shape.colour), FORMS.index(shape.form)
-    return (2 * place + 3 * size + colour + form) % 6 == 0
+    count, size, colour, form, place = (VOCABULARY[name].index(getattr(scene, name)) for name in ATTRIBUTES)
+    return (count + 3 * size + colour + form + 2 * place) % 6 == 0
 
 
-SHAPES = tuple(Shape(*words) for words in itertools.product(PLACES, SIZES, COLOURS, FORMS))
-HELD_OUT = tuple(shape for shape in SHAPES if is_held_out(shape))
-TRAINING = tuple(shape for shape in SHAPES if not is_held_out(shape))
+SCENES = tuple(Scene(*words) for words in itertools.product(*VOCABULARY.values()))
+HELD_OUT = tuple(scene for scene in SCENES if is_held_out(scene))
+TRAINING = tuple(scene for scene in SCENES if not is_held_out(scene))
 
 
-def caption(shapes: Sequence[Shape]) -> str:
-    """`at the top a large red cross and in the middle a small blue circle`: shapes are named from top to bottom."""
-    return " and ".join(str(shape) for shape in shapes)
+def caption(scene: Scene) -> str:
+    """`two large red crosses at the top`."""
+    form = scene.form if scene.count == "one" else FORMS[scene.form]
+    return f"{scene.count} {scene.size} {scene.colour} {form} {scene.place}"
 
 
-def draw_scene(rng: random.Random, shapes: Sequence[Shape] = TRAINING) -> list[Shape]:
-    """One or two of `shapes` in different places, from top to bottom."""
-    count = rng.randint(1, MAX_SHAPES)
-    while True:
-        scene = rng.sample(shapes, count)
-        if len({shape.place for shape in scene}) == count:
-            return sorted(scene, key=lambda shape: PLACES.index(shape.place))
-
-
-def render(rng: random.Random, shapes: Sequence[Shape]) -> np.ndarray:
-    """A picture of the shapes on a tinted, grainy ground: uint8 `(IMAGE_SIZE, IMAGE_SIZE, 3)`."""
+def render(rng: random.Random, scene: Scene | None) -> np.ndarray:
+    """A picture of `scene`, or of nothing, on a tinted, grainy ground: uint8 `(IMAGE_SIZE, IMAGE_SIZE, 3)`."""
     ground = rng.randint(30, 60)
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(ground + rng.randint(-8, 8) for _ in range(3)))
     draw = ImageDraw.Draw(image)
     cell = IMAGE_SIZE / 3
-    for shape in shapes:
-        radius = SIZES[shape.size] * rng.uniform(0.95, 1.05)
-        x = (rng.randrange(3) + 0.5) * cell + rng.uniform(-3, 3)
-        y = (PLACES.index(shape.place) + 0.5) * cell + rng.uniform(-2, 2)
-        colour = tuple(channel + rng.randint(-12, 12) for channel in COLOURS[shape.colour])
-        draw_form(draw, shape.form, x, y, radius, colour)
+    columns = [] if scene is None else rng.sample(range(3), 1 + COUNTS.index(scene.count))
+    for column in columns:
+        assert scene is not None
+        radius = SIZES[scene.size] * rng.uniform(0.95, 1.05)
+        x = (column + 0.5) * cell + rng.uniform(-2, 2)
+        y = (PLACES.index(scene.place) + 0.5) * cell + rng.uniform(-2, 2)
+        colour = tuple(channel + rng.randint(-12, 12) for channel in COLOURS[scene.colour])
+        draw_form(draw, scene.form, x, y, radius, colour)
     # The grain makes pictures differ, and their files larger than the 10 KB under which MMC4 images are dropped.
     grain = np.frombuffer(rng.randbytes(IMAGE_SIZE * IMAGE_SIZE), dtype=np.uint8) % GRAIN
     grain = grain.reshape(IMAGE_SIZE, IMAGE_SIZE, 1).astype(np.int16) - GRAIN // 2
