@@ -1,5 +1,6 @@
 # make demo    train a small vision-language model and watch it describe pictures (needs Python >= 3.10 and make)
 # make test    the whole test suite
+# make faults  inject every fault of docs/reliability.md, and print its table with passed or failed
 # make lint    formatting, rules, types
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,13 +9,16 @@ BIN := .venv/bin
 # --reruns: gloo's connections between real processes are refused now and then on a loaded machine; reruns are reported.
 TEST_FLAGS ?= -n 2 -rsR --reruns 2 --reruns-delay 3
 
-.PHONY: demo test lint format clean
+.PHONY: demo test faults lint format clean
 
 demo: .venv/training
 	$(BIN)/python -m open_flamingo.scripts.demo
 
 test: .venv/test
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+faults: .venv/test
+	$(BIN)/python tests/reliability.py
 
 # The types are checked as users see them: `train/` as `open_flamingo.train`.
 lint: .venv/test

@@ -299,7 +299,9 @@ def test_without_a_launcher_that_watches_the_other_rank_ends_by_itself(disturbed
     ranks[0].send_signal(signal.SIGSTOP)
     output, _ = ranks[1].communicate()
     assert ranks[1].returncode == 1
-    assert re.search(rf"Rank 0 \(\S+, pid {ranks[0].pid}\) has died or hangs: last heard of at update \d+", output), output
+    assert re.search(rf"Rank 0 \(\S+, pid {ranks[0].pid}\) has died or hangs: last heard of at update \d+", output), (
+        output
+    )
     ranks[0].kill()
     ranks[0].communicate()
 
@@ -424,3 +426,61 @@ def test_every_damage_to_a_sharded_checkpoint_is_detected(flags: list[str], tmp_
             assert path == tmp_path / "checkpoint_0", file
         file.write_bytes(data)
     assert checkpoints.newest_readable(tmp_path)[0] == newest  # type: ignore[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long runs
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory that are this process's alone, so that pages shared with a parent count once."""
+    rollup = (Path("/proc") / str(pid) / "smaps_rollup").read_text()
+    return sum(int(kilobytes) for kilobytes in re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE)) * 1024
+
+
+def test_memory_is_flat_and_nothing_is_left_behind(flags: list[str], tmp_path: Path) -> None:
+    """2,000 updates in 20 epochs, each with a checkpoint."""
+    run, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    flags = [
+        *flags,
+        "--batch_size_laion=2",
+        "--batch_size_mmc4=1",
+        "--num_epochs=20",
+        "--workers=1",
+        "--logging_steps=50",
+    ]
+    flags += ["--train_num_samples_laion=200", "--train_num_samples_mmc4=100", "--delete_previous_checkpoint"]
+    shared = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train" / "train.py"), *flags, f"--run_name={run}"],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    measured: list[tuple[int, int]] = []  # updates done, bytes of all its processes
+    while process.poll() is None:
+        updates = 50 * updates_done(run)
+        family = [process.pid, *map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]
+        if updates >= 400 and (not measured or updates > measured[-1][0]) and len(family) == 3:
+            measured.append((updates, sum(map(resident, family))))
+        time.sleep(0.02)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "finished: 20 epochs, 2000 updates" in output
+    updates, memory = torch.tensor(measured, dtype=torch.float64).T
+    assert len(updates) > 20
+    slope = (
+        ((updates - updates.mean()) * (memory - memory.mean())).sum() / (updates - updates.mean()).square().sum()
+    ).item()
+    assert slope < 4096, f"{slope:.0f} bytes an update: {measured}"
+
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint_19.pt", "metrics.jsonl"]
+    assert not list(temporary.iterdir())
+    assert set(os.listdir("/dev/shm")) <= shared
+    sessions = [
+        stat.read_text().rpartition(")")[2].split()[3] for stat in Path("/proc").glob("[0-9]*/stat") if stat.exists()
+    ]
+    assert str(process.pid) not in sessions
