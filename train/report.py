@@ -181,8 +181,7 @@ class Reporter:
         line = {"step": step, "epoch": round(step / self._updates_per_epoch, 4), **values}
         assert self._metrics is not None
         try:
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
+            self._metrics.write(json.dumps(line).encode() + b"\n")
         except OSError as error:  # no room; the training matters more
             log.warning("metrics.jsonl cannot be written: %s", error)
         progress, counts = self._describe(line)
@@ -250,7 +249,7 @@ def _metrics_file(path: Path, step: int) -> Any:
     beside = path.with_suffix(".new")
     beside.write_text("".join(f"{text}\n" for text in kept))
     os.replace(beside, path)
-    return path.open("a")
+    return path.open("ab", buffering=0)  # what cannot be written is lost, not kept for the next attempt
 
 
 def _start_wandb(folder: Path, project: str | None, entity: str | None, offline: bool, flags: Mapping[str, Any]) -> Any:

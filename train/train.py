@@ -20,10 +20,10 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from open_flamingo.train.arguments import parse_args
 
@@ -180,19 +180,20 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
         ]
 
     describe(world, model, plan, options, start.step, args.precision, args.run_name)
-    reporter = Reporter(
-        world.is_main,
-        folder,
-        start.step,
-        plan.total_updates,
-        plan.updates_per_epoch,
-        flags=vars(args),
-        tensorboard=args.report_to_tensorboard,
-        wandb=args.report_to_wandb,
-        wandb_project=args.wandb_project,
-        wandb_entity=args.wandb_entity,
-        offline=args.offline,
-    )
+    with refusing("cannot start"), together():
+        reporter = Reporter(
+            world.is_main,
+            folder,
+            start.step,
+            plan.total_updates,
+            plan.updates_per_epoch,
+            flags=vars(args),
+            tensorboard=args.report_to_tensorboard,
+            wandb=args.report_to_wandb,
+            wandb_project=args.wandb_project,
+            wandb_entity=args.wandb_entity,
+            offline=args.offline,
+        )
 
     # ---------------------------------------------------------------- loop
     sample = made_up_sample(image_processor(Image.new("RGB", (64, 64))), model.media_token_id, model.eoc_token_id)
@@ -201,6 +202,21 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     if args.compile:
         compile_blocks(model)
     saver = ShardedSaver(args.delete_previous_checkpoint) if args.checkpoint_format == "sharded" else None
+
+    unsaved: str | None = None  # why the last checkpoint could not be written
+
+    def write(function: Callable[[], None]) -> None:
+        """Calls `function` on every rank; where it fails on any, ends the run or only tells, as --save_errors says."""
+        nonlocal unsaved
+        try:
+            with together():
+                function()
+            unsaved = None
+        except (ValueError, OSError) as error:
+            unsaved = f"a checkpoint could not be written: {error}. The ones before it are whole"
+            if args.save_errors == "stop":
+                raise Refused(f"{unsaved}. Start again when there is room (--save_errors warn trains on)") from error
+            log.warning("%s; training goes on (--save_errors warn)", unsaved)
 
     def save(step: int) -> None:
         epoch, within_epoch = divmod(step, plan.updates_per_epoch)
@@ -216,19 +232,19 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler, with_tensors=saver is None
         )
         if saver is not None:
-            with saving(args.save_errors), together():
-                saver.finish()  # the one before
-            with saving(args.save_errors), together():
-                saver.save(model, optimizer, state, path)
+            write(saver.finish)  # the one before
+            write(partial(saver.save, model, optimizer, state, path))
+        else:
+            write(partial(save_file, state, path))
+
+    def save_file(state: dict[str, Any] | None, path: Path) -> None:
+        if state is None:  # rank 0 has it
             return
-        with saving(args.save_errors), together():
-            if state is None:  # rank 0 has it
-                return
-            checkpoint.save(state, path)
-            checkpoint.prune(folder, path, only_newest=args.delete_previous_checkpoint)
-            log.info("saved %s", path)
-            if args.save_checkpoints_to_wandb:
-                reporter.upload(path)
+        checkpoint.save(state, path)
+        checkpoint.prune(folder, path, only_newest=args.delete_previous_checkpoint)
+        log.info("saved %s", path)
+        if args.save_checkpoints_to_wandb:
+            reporter.upload(path)
 
     signals = Signals()
     health = Health(world, folder, signals, watchdog)
@@ -270,8 +286,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
                 break
 
     if saver is not None:
-        with saving(args.save_errors), together():
-            saver.finish()
+        write(saver.finish)
     reporter.close()
     for source in sources:
         source.loader.close()
@@ -280,6 +295,8 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     gc.collect()
     watchdog.at("the end")
     gather_objects(None)  # launchers end all ranks when the first has ended with a code: let rank 0 finish its writing
+    if unsaved is not None:
+        raise Refused(f"after update {step}, {unsaved}")
     if health.bad_in_a_row >= args.max_bad_steps:
         raise Refused(
             f"{health.bad_in_a_row} updates in a row had a loss or gradient that is not finite (--max_bad_steps): saved "
@@ -291,18 +308,6 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
         return health.stop
     log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
     return None
-
-
-@contextmanager
-def saving(errors: str) -> Iterator[None]:
-    """What a checkpoint that cannot be written does: ends the run, or is only told (`errors` is --save_errors)."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        what = f"a checkpoint could not be written: {error}. The ones before it are whole"
-        if errors == "stop":
-            raise Refused(f"{what}; start again when there is room (--save_errors warn would train on)") from error
-        log.warning("%s; training goes on (--save_errors warn)", what)
 
 
 def sharding_of(args: argparse.Namespace, world: World) -> Sharding | None:

@@ -1,0 +1,166 @@
+"""The measuring stick: that it runs, compares like with like, and counts right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks import child as child_module
+from benchmarks import loading, reference, report, saving, shards, steps
+from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights, write_backbones
+from benchmarks.shapes import SHAPES, Shape, Text, draw_batches, gpt_neox, needed_flops, vit
+from open_flamingo import create_model_and_transforms
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the place of build/benchmarks; and one thread for each child."""
+    for module in (child_module, steps, loading):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def the_reference() -> None:
+    try:
+        reference.install()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("folder", "the_reference")
+def test_both_programs_compute_the_same_losses() -> None:
+    comparison = steps.compare(SHAPES["toy-mpt"], "fp32", rounds=1, steps=1)
+    losses = comparison.programs["ours"].losses
+    assert comparison.loss_difference < 1e-5
+    assert losses[0] != losses[-1]  # something is trained
+    text = steps.describe(comparison)
+    for row in ("samples/s", "language model backward", "peak memory", "step ÷ floor"):
+        assert row in text
+
+
+def test_without_the_reference_in_turns(folder: Path) -> None:
+    """As on a GPU: a process for each turn."""
+    comparison = steps.compare(SHAPES["toy"], "fp32", 2, 1, only_ours=True, resident=False, chunks=2)
+    ours = comparison.programs["ours"]
+    assert len(ours.seconds) == 4
+    assert all(ours.parts[part] > 0 for part in ("vision", "resampler", "language model backward", "optimiser"))
+
+
+@pytest.mark.parametrize("other", [[[1.0, 2.0], [3.0, 4.001]], [[1.0, 2.0], [float("nan"), 4.0]]])
+def test_a_difference_is_not_overlooked(other: list[list[float]]) -> None:
+    ours = steps.Program("ours", "fp32", losses=[[1.0, 2.0], [3.0, 4.0]])
+    reference = steps.Program("reference", "fp32", losses=other)
+    with pytest.raises(ValueError, match="do not compute the same"):
+        steps.Comparison(SHAPES["toy"], {}, {}, {"reference": reference, "ours": ours}).check()
+
+
+@pytest.mark.usefixtures("folder", "the_reference")
+def test_saving() -> None:
+    results = saving.measure(SHAPES["toy"], "fp32", rounds=1, only_ours=False)
+    assert set(results) == {"reference", "ours, file", "ours, sharded"}
+    for (each,) in results.values():
+        # The resampler and its moments, at the least.
+        assert each["bytes"] > 3 * 4 * 64 * 64 * 8 * 6
+        assert 0 < each["standstill"] <= each["on_disk"]
+
+
+@pytest.mark.usefixtures("folder", "the_reference")
+def test_both_loaders_read_the_same_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "SIZES", (shards.Size(160, 120),))
+    monkeypatch.setattr(loading, "SAMPLES", {"laion": 64, "mmc4": 64})
+    monkeypatch.setattr(shards, "QUALITY", 100)  # or they would be too small for MMC4
+    results = {(r.program, r.kind): r for r in loading.measure((1,), rounds=1, seconds=0.2, only_ours=False)}
+    assert results["ours", "laion"].tokens == pytest.approx(results["reference", "laion"].tokens, rel=0.3)
+    # The same documents, but images whose token was cut off are in the reference's batches.
+    assert 1.5 < results["ours", "mmc4"].images <= 1.2 * results["reference", "mmc4"].images
+    assert "MMC4" in loading.describe(list(results.values()))
+
+
+def test_the_same_name_means_the_same_weights() -> None:
+    shape = SHAPES["toy"]
+    first, second = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+    for layer in (first, second):
+        set_weights(layer, Path())
+    assert torch.equal(first.weight, second.weight)
+    assert shape.samples == 4
+
+
+def test_needed_flops_are_those_of_an_update(tmp_path: Path) -> None:
+    """Of documents without anything to leave out, torch counts the same: no padding, no chunks, and attention to one image."""
+    shape = Shape(
+        "counted",
+        vit(64, 2, 32, size=64, head=32),
+        gpt_neox(64, 2, 2),
+        vocabulary=1000,
+        laion=Text(2, 16, 1, (1,)),
+        mmc4=Text(2, 32, 1, (1,)),
+    )
+    write_backbones(tmp_path, shape)
+    with without_weights():
+        model, _, _ = create_model_and_transforms(
+            str(tmp_path / VISION_CONFIG), None, str(tmp_path / "language"), use_local_files=True
+        )
+    batch = draw_batches(shape, media_id=998, eoc_id=997, count=1)[0]
+    needed = needed_flops(shape, batch, media_id=998)
+    counted = 0
+    for rows in batch.values():
+        seen = (rows["input_ids"] == 998).cumsum(1) > 0
+        labels = rows["input_ids"].masked_fill(~seen | (rows["input_ids"] == 998), -100)
+        with FlopCounterMode(display=False) as counter:
+            loss = model(
+                vision_x=rows["images"].float().unsqueeze(2) / 255, lang_x=rows["input_ids"], labels=labels
+            ).loss
+            loss.backward()
+        counted += counter.get_total_flops()
+    # torch counts all of causal attention, of which half is needed, and the new tokens' rows.
+    assert counted == pytest.approx(sum(needed.values()), rel=0.05)
+    assert needed["vision"] > 0
+    assert counted > sum(needed.values())
+
+
+def test_large_language_models_have_the_layers_that_are_counted() -> None:
+    """12 · width² weights a layer, in either family."""
+    for name in ("toy", "toy-mpt"):
+        config: dict[str, Any] = dict(SHAPES[name].language)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(config.pop("model_type"), vocab_size=1000, **config)
+            )
+        matrices = sum(
+            p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n and "wte" not in n
+        )
+        matrices -= 64 * 1000 * (name == "toy")  # an untied head
+        assert matrices == 2 * 12 * 64**2
+
+
+def test_pictures_are_like_photographs() -> None:
+    import numpy as np
+
+    data = shards.picture(np.random.default_rng(0), shards.Size(512, 384))
+    assert 1 < 8 * len(data) / (512 * 384) < 4  # bits a pixel
+
+
+def test_a_result_replaces_the_last_one(tmp_path: Path) -> None:
+    document, other = tmp_path / "performance.md", tmp_path / "there" / "performance.md"
+    document.write_text("# Performance\n\nWords.\n")
+    for text in ("slow", "fast"):
+        report.write_section("one", "One", text, document)
+    report.write_section("two", "Two", "2", document)
+    content = document.read_text()
+    assert content.startswith("# Performance\n\nWords.\n")
+    assert "fast" in content
+    assert "slow" not in content
+
+    report.write_section("one", "One", "from there", other)
+    assert report.merge(other, document) == ["one"]
+    assert "from there" in document.read_text()
+    assert "fast" not in document.read_text()
+    assert document.read_text().count("begin: two") == 1
