@@ -24,7 +24,7 @@ import torch
 from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.health import EXIT_STOPPED, check_finite
 from open_flamingo.train.train import main
-from tests.tiny import ROOT, assert_same, finished, kill, torchrun
+from tests.tiny import ROOT, assert_same, finished, torchrun
 
 FAULTY = ROOT / "tests" / "faulty.py"
 LONG = ["--train_num_samples_laion=96", "--train_num_samples_mmc4=48"]  # 12 updates an epoch of two ranks, 2 epochs

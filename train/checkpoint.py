@@ -107,8 +107,8 @@ def verify(path: Path) -> None:
     damaged = f"{path} is damaged"
     try:
         if path.is_dir():
-            sums = dict(reversed(line.split("  ", 1)) for line in (path / SUMS).read_text().splitlines())
-            for name, expected in sums.items():
+            for line in (path / SUMS).read_text().splitlines():
+                expected, name = line.split("  ", 1)
                 if sha256(path / name) != expected:
                     raise ValueError(f"{damaged}: {name} is not what was written")
         elif zipfile.is_zipfile(path):

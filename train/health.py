@@ -329,7 +329,7 @@ class Watchdog:
             now = self._read()
         except RuntimeError:
             return self._rank_0_is_gone()
-        silent = [rank for rank in now if rank != self._world.rank and now[rank].beat == before[rank].beat]
+        silent = [rank for rank in now if rank != self._world.rank and now[rank] == before.get(rank)]
         silent += [rank for rank in range(self._world.world_size) if rank not in now]
         self._silent = [now[rank] for rank in silent if rank in now]
         if silent:

@@ -137,6 +137,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
         return None
 
     # ---------------------------------------------------------------- model
+    watchdog.at("building the model")
     torch.manual_seed(args.seed)
     with refusing("cannot build the model"), together():
         # Rank 0 reads the weights; the others get theirs from it.
@@ -156,6 +157,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     with refusing("cannot resume"), together():
         if world.is_main:
             restore_model(start, model)
+    watchdog.at("spreading the model")
     hold_weights(model, args.precision)
     parallel_model = parallelise(model, world, sharding)
     parallel_model.train()
@@ -167,6 +169,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     scheduler = build_scheduler(optimizer, args.lr_scheduler, args.warmup_steps, plan.total_updates, start.step)
 
     # ---------------------------------------------------------------- data
+    watchdog.at("opening the data")
     with refusing("cannot load the data"):
         sources = [
             Source(
