@@ -66,9 +66,9 @@ def write_tokenizer(folder: Path, size: int) -> None:
     if len(vocabulary) != size:
         raise ValueError(f"a tokenizer has from {2 * len(alphabet) + 1} tokens to those of CLIP's merges, not {size}")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+""")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
@@ -100,8 +100,8 @@ def set_weights(model: nn.Module, folder: Path) -> None:
         parameter.copy_(weight_of(name, parameter))
         module = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".weight") and "new_rows" in module._parameters:
-            new_rows: Any = module.new_rows
-            new_rows.copy_(parameter[module.new_ids])
+            new_rows, new_ids = (getattr(module, name) for name in ("new_rows", "new_ids"))
+            new_rows.copy_(parameter[new_ids])
     if (folder / WEIGHTS).exists():
         model.load_state_dict(torch.load(folder / WEIGHTS), strict=False)
 

@@ -98,9 +98,9 @@ def weights_by_name(tower: nn.Module, language_model: nn.Module, layers: str) ->
             index, _, rest = name.removeprefix(f"{layers}.").partition(".")
             name = f"{layers}.{index}.decoder_layer.{rest}"
         weights[f"lang_encoder.{name}"] = value
-    for index in range(len(language_model.get_submodule(layers))):  # type: ignore[arg-type]
+    for number in range(len(list(language_model.get_submodule(layers).children()))):
         for gate in ("attn_gate", "ff_gate"):
-            weights[f"lang_encoder.{layers}.{index}.gated_cross_attn_layer.{gate}"] = torch.zeros(1)
+            weights[f"lang_encoder.{layers}.{number}.gated_cross_attn_layer.{gate}"] = torch.zeros(1)
     return weights
 
 

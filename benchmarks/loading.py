@@ -50,7 +50,7 @@ def measure(workers: tuple[int, ...], rounds: int, seconds: float, only_ours: bo
     if not only_ours:
         install()
         programs.insert(0, "reference")
-    results = []
+    results: list[Loading] = []
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, str(folder), "--loaders")) for name in programs}
         for kind in ("laion", "mmc4"):

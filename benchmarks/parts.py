@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,7 +29,7 @@ class Parts:
     """Seconds by part. `mark(part)` says what the time since the last mark went to."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._device = device
         self._last = self._now()
         self._in_backward = False

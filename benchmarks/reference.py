@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +45,13 @@ def install(folder: Path = REFERENCE) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What is changed in it
 
+Patch = TypeVar("Patch", bound=Callable[..., Any])
 PATCHES: dict[str, str] = {}
 """Name → why it is needed."""
 
 
-def patches(why: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+def patches(why: str) -> Callable[[Patch], Patch]:
+    def register(function: Patch) -> Patch:
         PATCHES[function.__name__] = why
         return function
 
@@ -114,7 +115,7 @@ def activation_checkpointing(model: Any) -> None:
 
 
 @patches("it knows vision encoders by OpenCLIP's names only: the config in a file becomes one")
-def vision_config_by_name(path: str) -> str:  # type: ignore[misc]
+def vision_config_by_name(path: str) -> str:
     import open_clip
 
     open_clip.add_model_config(path)
@@ -305,7 +306,7 @@ class Reference:
         if rewind:
             for loader in self.loaders.values():
                 loader.next = 0
-        self.losses_seen.__init__()  # type: ignore[misc]
+        self.losses_seen = Losses()
         with patch("train_utils.wandb", self.losses_seen):
             self._train(count, report_to_wandb=True)
         return [list(pair) for pair in zip(self.losses_seen.laion, self.losses_seen.mmc4, strict=True)]
@@ -405,9 +406,10 @@ def train(argv: list[str]) -> None:
     if "--help" not in argv:
         import open_flamingo
 
+        package: Any = open_flamingo
         ddp_on_the_cpu()
         no_marks_between_shards()
-        build = open_flamingo.create_model_and_transforms
+        build = package.create_model_and_transforms
 
         def build_and_mend(vision_encoder: str, *args: Any, **kwargs: Any) -> Any:
             if vision_encoder.endswith(".json"):
@@ -417,7 +419,7 @@ def train(argv: list[str]) -> None:
             tokens_before_ln_post(model.vision_encoder)
             return model, image_processor, tokenizer
 
-        open_flamingo.create_model_and_transforms = build_and_mend
+        package.create_model_and_transforms = build_and_mend
         argv = [*argv, f"--dist-url=file://{tempfile.mkdtemp()}/rendezvous"]
     sys.argv = ["train.py", *argv]
     runpy.run_path(str(REFERENCE / "open_flamingo" / "train" / "train.py"), run_name="__main__")
