@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -438,6 +439,7 @@ def check(args: argparse.Namespace) -> None:
         check_shards(f"--{kind}_shards", getattr(args, f"{kind}_shards"))
     check_numbers(args, kinds)
     check_backbones(args)
+    check_temporary_folder(args)
     check_run_folder(args.run_name)
     if args.resume_from_checkpoint is not None:
         check_checkpoint(args.resume_from_checkpoint)
@@ -448,6 +450,20 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--save_checkpoints_to_wandb uploads files: it needs --checkpoint_format file")
     if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
         raise ValueError(f"--fsdp_shard_size {args.fsdp_shard_size} needs --fsdp --fsdp_sharding_strategy hybrid")
+
+
+# Loader processes hand over their batches through sockets in the folder for temporary files: Linux allows 108 bytes
+# for the name of one, of which multiprocessing takes 32.
+MAX_TEMPORARY_FOLDER = 75
+
+
+def check_temporary_folder(args: argparse.Namespace) -> None:
+    folder = tempfile.gettempdir()
+    if args.workers and len(os.fsencode(folder)) > MAX_TEMPORARY_FOLDER:
+        raise ValueError(
+            f"--workers {args.workers}: the folder for temporary files, {folder}, has too long a name for the sockets between "
+            f"processes: set TMPDIR to one of at most {MAX_TEMPORARY_FOLDER} characters, such as /tmp, or use --workers 0"
+        )
 
 
 def check_numbers(args: argparse.Namespace, kinds: list[str]) -> None:
