@@ -2,25 +2,28 @@
 
 Of a batch of B × T tokens and a vocabulary of V, the full logits are the largest tensor of a step by far (B·T·V), and
 most of their rows have no label. Here the hidden states of labelled positions are picked first, and logits are made of
-a bounded number of them at a time.
+a bounded number of them at a time. Their gradients are taken at once, while the logits are there, and only those of the
+hidden states are kept for the backward pass: no logits are, and none are made twice.
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .language_model import input_embedding, output_head
+from .language_model import heads_are_tied, input_embedding, output_head
 
 IGNORED = -100
 """The label of a token that does not count."""
 
-MAX_LOGITS = 2**25
-"""Logits alive at once, in elements: 128 MiB in float32, some 670 positions of a vocabulary of 50,000."""
+MAX_LOGITS = 2**23
+"""Logits alive at once, in elements: 32 MiB in float32, some 160 positions of a vocabulary of 50,000."""
+MAX_LOGITS_ON_GPU = 2**25
+"""More there, where few rows would leave the matrix units idle."""
 
 
 def labelled_positions(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -54,15 +57,59 @@ def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Ten
     def summed_loss(hidden: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(lang_encoder, hidden).float(), target, reduction="sum")
 
-    vocabulary = len(input_embedding(lang_encoder).weight)
-    chunk = max(1, MAX_LOGITS // vocabulary)
-    if len(targets) <= chunk:
-        total = summed_loss(hidden_states, targets)
+    limit = MAX_LOGITS if hidden_states.device.type == "cpu" else MAX_LOGITS_ON_GPU
+    chunk = max(1, limit // len(input_embedding(lang_encoder).weight))
+    if torch.is_grad_enabled():
+        owner = input_embedding(lang_encoder) if heads_are_tied(lang_encoder) else output_head(lang_encoder)
+        trained_rows = [] if owner is None else [p for p in owner.parameters() if p.requires_grad]
+        total = _SummedLoss.apply(summed_loss, chunk, hidden_states, targets, *trained_rows)
     else:
         pieces = zip(hidden_states.split(chunk), targets.split(chunk))
-        losses = [checkpoint(summed_loss, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-        total = torch.stack(losses).sum()
+        total = sum((summed_loss(*piece) for piece in pieces), hidden_states.new_zeros((), dtype=torch.float32))
     return total / max(1, len(targets))
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of `loss_of(hidden, targets)` over pieces of `chunk` rows, and its gradients with respect to `hidden` and
+    `trained`, which the forward pass takes piece by piece."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        chunk: int,
+        hidden: Tensor,
+        targets: Tensor,
+        *trained: Tensor,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hidden_gradient = torch.empty_like(hidden)
+        gradients = [torch.zeros_like(tensor) for tensor in trained]
+        for place in range(0, len(targets), chunk):
+            piece = hidden[place : place + chunk].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = loss_of(piece, targets[place : place + chunk])
+            of_piece, *of_trained = torch.autograd.grad(loss, [piece, *trained])
+            hidden_gradient[place : place + chunk] = of_piece
+            for gradient, part in zip(gradients, of_trained):
+                gradient += part
+            total += loss.detach()
+        ctx.save_for_backward(hidden_gradient, *gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        return (
+            None,
+            None,
+            *_scaled(ctx.saved_tensors[:1], outputs[0]),
+            None,
+            *_scaled(ctx.saved_tensors[1:], outputs[0]),
+        )
+
+
+def _scaled(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
+    return [tensor * by.to(tensor.dtype) for tensor in tensors]
 
 
 def full_loss(logits: Tensor, positions: Tensor, targets: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16":
 # Layers whose weights autocast would convert to the lower precision on every forward pass anyway. Holding their frozen
 # weights in it gives the same numbers for half the memory. Embeddings and norms are not among them: autocast computes
 # those in float32.
-_MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+_MATRIX_LAYERS = (nn.Linear, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000

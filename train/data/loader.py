@@ -487,11 +487,13 @@ class Loader:
     def _join_images(self, shares: list[_Share], rows: list[tuple[int, int]], counts: list[int]) -> Tensor:
         shape, dtype = shares[0].images.shape[1:], shares[0].images.dtype
         joined = torch.empty(len(rows), max(counts), *shape, dtype=dtype, pin_memory=self._pin)
+        # Copied by numpy: torch would start all its threads for each picture.
+        target, sources = joined.numpy(), [share.images.numpy() for share in shares]
         starts = [np.cumsum([0, *share.image_counts]).tolist() for share in shares]
         for place, ((worker, row), count) in enumerate(zip(rows, counts, strict=True)):
             start = starts[worker][row]
-            joined[place, :count] = shares[worker].images[start : start + count]
-            joined[place, count:] = 0
+            target[place, :count] = sources[worker][start : start + count]
+            target[place, count:] = 0
         return joined
 
     def _join_text(self, parts: list[Tensor], rows: list[tuple[int, int]], fill: int) -> Tensor:
