@@ -248,9 +248,7 @@ def test_a_killed_rank_is_named_and_torchrun_starts_again_by_itself(
     assert re.search(rf"Rank 1 \(\S+, pid {victim}\) has died or hangs: last heard of at update \d+", output), output
     assert "resuming from" in output
     saved = torch.load(run / LAST, weights_only=True)
-    for checkpoint in (saved, whole):
-        checkpoint.pop("flags")  # --save_steps
-    assert_same(whole, saved)
+    assert_same({**whole, "flags": None}, {**saved, "flags": None})  # --save_steps differs
 
 
 @pytest.mark.parametrize("rank", [0, 1])

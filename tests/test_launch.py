@@ -304,26 +304,6 @@ def test_two_nodes_of_torchrun(
     assert_same(undisturbed, load(tmp_path / "run"))
 
 
-def test_torchrun_restarts_a_run_that_lost_a_rank(
-    recipe: list[str], gated: Gated, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    agent = torchrun("--max-restarts=1", TRAIN, *recipe, *gated.flags, f"--run_name={run}")
-    wait_for(lambda: list(run.glob("epoch_*.pt")), lambda: agent.poll() is None, lambda: str(agent.communicate()[0]))
-    os.kill(rank_of(agent, 1), signal.SIGKILL)
-    gated.open()
-    assert "resuming from" in finished(agent)
-    assert_same(undisturbed, load(run))
-
-
-def rank_of(agent: subprocess.Popen[str], rank: int) -> int:
-    """The process id of a rank that `agent` has started."""
-    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
-    raise AssertionError(f"no rank {rank}")
-
-
 @pytest.fixture
 def mpirun() -> list[str]:
     if shutil.which("mpirun") is None:
@@ -386,6 +366,7 @@ def test_slurm_runs_and_requeues_the_script_of_the_repository(
     gated.open()
     wait_for(lambda: slurm.job(job)["Restarts"] == "1", lambda: state() in ("PENDING", "RUNNING", "COMPLETING"), log)
     wait_for(lambda: state() == "PENDING", lambda: state() != "FAILED", log)
+    time.sleep(2)  # slurmd takes a job that starts within the second in which it was ended for the ended one
     slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # or it would wait for two minutes
     wait_for(lambda: state() == "COMPLETED", lambda: state() in ("PENDING", "RUNNING", "COMPLETING"), log)
 
