@@ -50,7 +50,7 @@ setup(
         "open_flamingo.scripts.demo": "scripts/demo",
     },
     install_requires=requirements("requirements.txt"),
-    extras_require={"training": TRAINING, "test": TRAINING + TEST, "benchmark": TRAINING + ["matplotlib"]},
+    extras_require={"training": TRAINING, "test": TRAINING + TEST, "benchmark": [*TRAINING, "matplotlib"]},
     entry_points={
         "console_scripts": [
             "open-flamingo-train=open_flamingo.train.train:main",

@@ -109,7 +109,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _scaled(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
-    return [tensor * by.to(tensor.dtype) for tensor in tensors]
+    return [(tensor.float() * by).to(tensor.dtype) for tensor in tensors]  # fp16's scale may be beyond float16
 
 
 def full_loss(logits: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
