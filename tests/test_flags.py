@@ -295,12 +295,6 @@ def test_what_is_right_is_not_refused(shards: dict[str, str], tmp_path: Path, mo
     assert (args.batch_size_laion, args.batch_size_mmc4, args.wandb_entity) == (64, 64, None)
 
 
-def test_a_sharded_checkpoint_is_known_by_the_file_it_has() -> None:
-    from open_flamingo.train import checkpoint
-
-    assert arguments.SHARDED_STATE == checkpoint.SHARDED_STATE
-
-
 def test_nothing_heavy_is_imported_before_the_flags_are_refused(shards: dict[str, str], tmp_path: Path) -> None:
     """One of each kind, in one new process: the names of OpenCLIP's models too are found without it."""
     flags = [f"{flag}={next(iter(values))}" for flag, values in WRONG.items()]

@@ -47,8 +47,12 @@ YEAR = 365 * 24 * 3600
 BACKENDS = ("nccl", "gloo", "mpi", "ucc")
 WANDB_FORBIDS = "/\\#?%:"
 WANDB_LONGEST = 128
-# Of a sharded checkpoint's folder, the file that holds all but the tensors. checkpoint.py, which imports torch, writes it.
+# Of a sharded checkpoint's folder, the file that holds all but the tensors.
 SHARDED_STATE = "state.pt"
+
+# Loader processes hand over their batches through sockets in the folder for temporary files: Linux allows 108 bytes
+# for the name of one, of which multiprocessing takes 32.
+MAX_TEMPORARY_FOLDER = 75
 
 T = TypeVar("T", int, float)
 
@@ -452,12 +456,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--fsdp_shard_size {args.fsdp_shard_size} needs --fsdp --fsdp_sharding_strategy hybrid")
 
 
-# Loader processes hand over their batches through sockets in the folder for temporary files: Linux allows 108 bytes
-# for the name of one, of which multiprocessing takes 32.
-MAX_TEMPORARY_FOLDER = 75
-
-
 def check_temporary_folder(args: argparse.Namespace) -> None:
+    """ValueError where loader processes could not hand over their batches."""
     folder = tempfile.gettempdir()
     if args.workers and len(os.fsencode(folder)) > MAX_TEMPORARY_FOLDER:
         raise ValueError(

@@ -26,14 +26,15 @@ from typing import Any
 
 import torch
 
+from open_flamingo.train.arguments import SHARDED_STATE
+
 log = logging.getLogger(__name__)
 
 _EPOCH_END = re.compile(r"checkpoint_(\d+)(\.pt)?")
 _WITHIN_EPOCH = re.compile(r"epoch_(\d+)_step_(\d+)(\.pt)?")
 KEEP_WITHIN_EPOCH = 2
-SHARDED_STATE = "state.pt"
 SUMS = "SHA256SUMS"
-"""Of a sharded checkpoint's folder, the file that holds all but the tensors, and that of all checksums."""
+"""Of a sharded checkpoint's folder, the file of the checksums of all others."""
 
 
 def epoch_end_path(folder: Path, epoch: int, sharded: bool = False) -> Path:

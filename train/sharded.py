@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied, input_embedding
 from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train.arguments import SHARDED_STATE
 from open_flamingo.train.distributed import on_main, together
 from open_flamingo.train.optimizer import parameter_names
 from open_flamingo.weights import ROWS, embedding_name, head_name, is_kept
@@ -93,7 +94,7 @@ class ShardedSaver:
             if state is not None:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
-                checkpoints.save(state | {"layout": layout(model, optimizer)}, beside / checkpoints.SHARDED_STATE)
+                checkpoints.save(state | {"layout": layout(model, optimizer)}, beside / SHARDED_STATE)
         tensors = _weights(model, only_trained=False) | _moments(model, optimizer)
         written = dcp.async_save(tensors, checkpoint_id=beside, process_group=self._group)
         assert isinstance(written, Future)
@@ -195,13 +196,12 @@ class TensorReader(dcp.FileSystemReader):
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes what torch's FileSystemWriter puts into `.metadata`, and nothing else."""
 
+    _OF_DESCRIPTION = (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    )
     _CLASSES = (
-        *(("torch.distributed.checkpoint.metadata", name) for name in ("Metadata", "StorageMeta", "MetadataIndex")),
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in ("TensorStorageMetadata", "ChunkStorageMetadata")
-        ),
-        *(("torch.distributed.checkpoint.metadata", name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+        *(("torch.distributed.checkpoint.metadata", name) for name in _OF_DESCRIPTION),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
         ("torch", "Size"),
@@ -219,11 +219,12 @@ class _MetadataUnpickler(pickle.Unpickler):
 def to_file(folder: Path, file: Path) -> None:
     """Makes a checkpoint of one file of a sharded one. Needs neither the model nor more than one process.
 
-    Raises ValueError, naming the folder, where it cannot be read.
+    Raises ValueError, naming the folder, where it is damaged or cannot be read.
     """
     checkpoint = checkpoints.load(folder)
     reader = TensorReader(folder)
     check(folder)
+    checkpoints.verify(folder)
     try:
         tensors: dict[str, Any] = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
