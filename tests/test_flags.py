@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from open_flamingo.train import arguments
 from open_flamingo.train.arguments import build_parser, parse_args
 from open_flamingo.train.train import main
 from tests.tiny import ROOT, write_backbones
