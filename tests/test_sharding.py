@@ -33,9 +33,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 4)}
 
 
-# The families' weights are random and large (a deviation of 0.3), so rounding grows faster; an update moves a weight by 1e-3.
-FAMILY_LOSS_BOUND = 5e-3
-FAMILY_WEIGHT_BOUND = 5e-4
+# The families' weights are random and large (a deviation of 0.3), so rounding shows more in their losses: measured, at most
+# 3e-5 (Granite, untied) and 3e-6 elsewhere.
+FAMILY_LOSS_BOUND = 2e-4
 
 
 def same_training(one: dict[str, Any], other: dict[str, Any], where: object, bound: float = LOSS_BOUND) -> None:
@@ -46,7 +46,7 @@ def same_training(one: dict[str, Any], other: dict[str, Any], where: object, bou
             weight,
             other["weights"][name],
             rtol=0,
-            atol=WEIGHT_BOUND if bound == LOSS_BOUND else FAMILY_WEIGHT_BOUND,
+            atol=WEIGHT_BOUND,
             msg=f"{where}: {name}",
         )
 

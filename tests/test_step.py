@@ -103,9 +103,11 @@ def test_amp_holds_frozen_matrices_in_bfloat16_and_computes_the_same(parts: Simp
     for name, parameter in parts.model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32
-            # Attention of the vision encoder takes another kernel for a bfloat16 matrix than for one to be converted.
-            torch.testing.assert_close(
-                parameter.grad, gradients[name], rtol=2e-2, atol=2e-2 * float(gradients[name].abs().max()), msg=name
-            )
+            # Attention of the vision encoder takes another kernel for a bfloat16 matrix than for one to be converted: half a
+            # step of bfloat16, in what depends on images.
+            largest = float(gradients[name].abs().max())
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=largest / 256, msg=name)
+    attention = [m for m in parts.model.vision_encoder.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert attention and all(m.in_proj_weight.dtype == torch.bfloat16 for m in attention)
     linears = [m for m in parts.model.lang_encoder.modules() if isinstance(m, nn.Linear)]
     assert sum(m.weight.dtype == torch.bfloat16 for m in linears) >= 12  # the two layers' of the language model
