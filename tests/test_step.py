@@ -108,6 +108,6 @@ def test_amp_holds_frozen_matrices_in_bfloat16_and_computes_the_same(parts: Simp
             largest = float(gradients[name].abs().max())
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=largest / 256, msg=name)
     attention = [m for m in parts.model.vision_encoder.modules() if isinstance(m, nn.MultiheadAttention)]
-    assert attention and all(m.in_proj_weight.dtype == torch.bfloat16 for m in attention)
+    assert {m.in_proj_weight.dtype for m in attention} == {torch.bfloat16}
     linears = [m for m in parts.model.lang_encoder.modules() if isinstance(m, nn.Linear)]
     assert sum(m.weight.dtype == torch.bfloat16 for m in linears) >= 12  # the two layers' of the language model
