@@ -109,6 +109,7 @@ def pictures() -> list[bytes]:
     return [*result, buffer.getvalue()]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_changed_bytes_in_pictures_of_all_kinds() -> None:
     rng = np.random.default_rng(0)
     outcomes = {prepare("laion", jpg=data, txt=b"a caption") for data in pictures()}
