@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from open_flamingo import Flamingo
+from open_flamingo.resampler import PerceiverResampler
 from open_flamingo.train.data.loader import Batch
 from open_flamingo.train.distributed import World, distributed, find_place, gather_objects
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
@@ -77,10 +78,19 @@ def batches(kind: str, accumulation: int, world: World) -> Any:
             )
 
 
+def small_flamingo(family: str, tied: bool, checkpointing: bool = False) -> Flamingo:
+    """A Flamingo with a resampler of two layers and four latents, so that hundreds of updates take seconds."""
+    model = flamingo(language_model(family, tied), tower=BlockTower)
+    torch.manual_seed(2)
+    model.perceiver = PerceiverResampler(VIS_DIM, depth=2, num_latents=4)
+    model.set_gradient_checkpointing(checkpointing)
+    return model
+
+
 def build(family: str, tied: bool, world: World, checkpointing: bool) -> Flamingo:
     """The model on rank 0; what its structure is on the others, without weights."""
     with nullcontext() if world.is_main else torch.device("meta"):
-        return flamingo(language_model(family, tied), tower=BlockTower, gradient_checkpointing=checkpointing)
+        return small_flamingo(family, tied, checkpointing)
 
 
 def held(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, int]:

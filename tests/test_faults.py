@@ -449,15 +449,9 @@ def test_memory_is_flat_and_nothing_is_left_behind(flags: list[str], tmp_path: P
         tmp_path / "run",
         Path(tempfile.mkdtemp()),
     )  # tmp_path is too long for the sockets between processes
-    flags = [
-        *flags,
-        "--batch_size_laion=2",
-        "--batch_size_mmc4=1",
-        "--num_epochs=20",
-        "--workers=1",
-        "--logging_steps=50",
-    ]
-    flags += ["--train_num_samples_laion=200", "--train_num_samples_mmc4=100", "--delete_previous_checkpoint"]
+    flags = [*flags, "--num_epochs=20", "--workers=1", "--logging_steps=50", "--delete_previous_checkpoint"]
+    flags += ["--batch_size_laion=1", "--batch_size_mmc4=1", "--mmc4_max_num_images=2"]
+    flags += ["--train_num_samples_laion=100", "--train_num_samples_mmc4=100"]
     shared = set(os.listdir("/dev/shm"))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train" / "train.py"), *flags, f"--run_name={run}"],

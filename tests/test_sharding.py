@@ -13,8 +13,8 @@ from open_flamingo.train.parallel import shard_size
 from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name
-from tests.families import FAMILIES, flamingo, language_model
-from tests.sharding_program import BlockTower
+from tests.families import FAMILIES
+from tests.sharding_program import small_flamingo
 from tests.test_train import metrics
 from tests.tiny import ROOT, assert_same, finished, torchrun
 
@@ -69,7 +69,7 @@ def test_every_family_of_language_models_trains_the_same_sharded(results: dict[i
         for tied in (True, False):
             ddp, full = (results[2][family, tied, way] for way in ("ddp", "full"))
             same_training(full, ddp, (family, tied), FAMILY_LOSS_BOUND)
-            before = flamingo(language_model(family, tied), tower=BlockTower)
+            before = small_flamingo(family, tied)
             embedding = before.lang_encoder.get_input_embeddings()
             after = full["weights"][embedding_name(before)]
             # The reference's never train under FSDP.
@@ -78,7 +78,7 @@ def test_every_family_of_language_models_trains_the_same_sharded(results: dict[i
 
 def test_each_rank_holds_its_share_in_bytes(results: dict[int, dict[Any, Any]]) -> None:
     """A tensor of n rows over s ranks: ceil(n / s) rows each, as long as there are any."""
-    parameters = list(flamingo(language_model("llama", False), tower=BlockTower).parameters())
+    parameters = list(small_flamingo("llama", False).parameters())
 
     def expected(rank: int, shards: int, frozen_whole: bool) -> dict[str, int]:
         held = {"parameters": 0, "gradients": 0, "moments": 0}
