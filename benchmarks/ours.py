@@ -33,6 +33,7 @@ from benchmarks.shards import THRESHOLD
 from open_flamingo import create_model_and_transforms
 from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.arguments import build_parser
+from open_flamingo.train.cpu import fast_kernels
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import Batch, DataOptions, build_loader, resolve_lanes, resolve_workers
 from open_flamingo.train.distributed import distributed, find_place
@@ -103,6 +104,7 @@ class Ours:
             distributed(find_place(False), "env://", "nccl", True, group_of_one=args.group)
         )
         device = self.world.device
+        stack.enter_context(fast_kernels(device, args.precision, args.compile))
         torch.manual_seed(0)
         with without_weights(), device:
             self.model, image_processor, tokenizer = create_model_and_transforms(

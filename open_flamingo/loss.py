@@ -7,7 +7,9 @@ hidden states are kept for the backward pass: no logits are, and none are made t
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from .language_model import heads_are_tied, input_embedding, output_head
 IGNORED = -100
 """The label of a token that does not count."""
 
-MAX_LOGITS = 2**23
-"""Logits alive at once, in elements: 32 MiB in float32, some 160 positions of a vocabulary of 50,000."""
+MAX_LOGITS = 2**22
+"""Logits alive at once, in elements: 16 MiB in float32, some 80 positions of a vocabulary of 50,000."""
 MAX_LOGITS_ON_GPU = 2**25
 """More there, where few rows would leave the matrix units idle."""
 
@@ -53,30 +55,46 @@ def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Ten
         positions, targets: of `labelled_positions`.
     """
     hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
-
-    def summed_loss(hidden: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(lang_encoder, hidden).float(), target, reduction="sum")
-
     limit = MAX_LOGITS if hidden_states.device.type == "cpu" else MAX_LOGITS_ON_GPU
     chunk = max(1, limit // len(input_embedding(lang_encoder).weight))
-    if torch.is_grad_enabled():
-        owner = input_embedding(lang_encoder) if heads_are_tied(lang_encoder) else output_head(lang_encoder)
-        trained_rows = [] if owner is None else [p for p in owner.parameters() if p.requires_grad]
-        total = _SummedLoss.apply(summed_loss, chunk, hidden_states, targets, *trained_rows)
-    else:
-        pieces = zip(hidden_states.split(chunk), targets.split(chunk))
-        total = sum((summed_loss(*piece) for piece in pieces), hidden_states.new_zeros((), dtype=torch.float32))
+    owner = input_embedding(lang_encoder) if heads_are_tied(lang_encoder) else output_head(lang_encoder)
+    trained_rows = [] if owner is None else [p for p in owner.parameters() if p.requires_grad]
+    with _head_in_the_type_of_products(lang_encoder, hidden_states.device.type):
+        if torch.is_grad_enabled():
+            total = _SummedLoss.apply(partial(logits_of, lang_encoder), chunk, hidden_states, targets, *trained_rows)
+        else:
+            total = hidden_states.new_zeros((), dtype=torch.float32)
+            for hidden, target in zip(hidden_states.split(chunk), targets.split(chunk)):
+                total += F.cross_entropy(logits_of(lang_encoder, hidden).float(), target, reduction="sum")
     return total / max(1, len(targets))
 
 
+@contextmanager
+def _head_in_the_type_of_products(lang_encoder: nn.Module, device_type: str) -> Iterator[None]:
+    """Within this `with`, a frozen output head's matrix is in the type that autocast computes products in.
+
+    It is held in float32, as checkpoints hold it, and autocast would convert it anew for every piece of the logits.
+    """
+    parameters = getattr(output_head(lang_encoder), "_parameters", {})
+    weight = parameters.get("weight")
+    if weight is None or weight.requires_grad or not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    parameters["weight"] = weight.to(torch.get_autocast_dtype(device_type))
+    try:
+        yield
+    finally:
+        parameters["weight"] = weight
+
+
 class _SummedLoss(torch.autograd.Function):
-    """The sum of `loss_of(hidden, targets)` over pieces of `chunk` rows, and its gradients with respect to `hidden` and
-    `trained`, which the forward pass takes piece by piece."""
+    """The sum of the cross entropies of the logits of pieces of `chunk` rows, and its gradients with respect to `hidden`
+    and `trained`, which the forward pass takes piece by piece."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        loss_of: Callable[[Tensor, Tensor], Tensor],
+        logits_of_hidden: Callable[[Tensor], Tensor],
         chunk: int,
         hidden: Tensor,
         targets: Tensor,
@@ -88,12 +106,18 @@ class _SummedLoss(torch.autograd.Function):
         for place in range(0, len(targets), chunk):
             piece = hidden[place : place + chunk].detach().requires_grad_()
             with torch.enable_grad():
-                loss = loss_of(piece, targets[place : place + chunk])
-            of_piece, *of_trained = torch.autograd.grad(loss, [piece, *trained])
+                logits = logits_of_hidden(piece)
+            target = targets[place : place + chunk, None]
+            # The gradient of -log softmax(logits)[target] is softmax(logits) - onehot(target): in the memory of the
+            # logarithms, where autograd would make three more tensors of this size.
+            log_probabilities = torch.log_softmax(logits.detach(), -1, dtype=torch.float32)
+            total -= log_probabilities.gather(1, target).sum()
+            of_logits = log_probabilities.exp_()
+            of_logits.scatter_add_(1, target, of_logits.new_full((), -1.0).expand(target.shape))
+            of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], of_logits.to(logits.dtype))
             hidden_gradient[place : place + chunk] = of_piece
             for gradient, part in zip(gradients, of_trained):
                 gradient += part
-            total += loss.detach()
         ctx.save_for_backward(hidden_gradient, *gradients)
         return total
 

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Wrong flags have been refused. Only now what takes seconds to import.
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    from open_flamingo.train.cpu import fast_kernels
     from open_flamingo.train.data.samples import DataError
     from open_flamingo.train.distributed import distributed, find_place
     from open_flamingo.train.health import EXIT_STOPPED, Watchdog, is_of_communication
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     timeout=args.dist_timeout,
                 )
                 world = stack.enter_context(group)
+            stack.enter_context(fast_kernels(world.device, args.precision, args.compile))
             watchdog = stack.enter_context(Watchdog(world, args.dist_timeout))
             try:
                 stopped_by = train(args, world, watchdog)
