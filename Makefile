@@ -1,6 +1,7 @@
 # make demo    train a small vision-language model and watch it describe pictures (needs Python >= 3.10 and make)
 # make test    the whole test suite
 # make faults  inject every fault of docs/reliability.md, and print its table with passed or failed
+# make bench   beside the reference, what a CPU can show; the results replace those of docs/performance.md
 # make lint    formatting, rules, types
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # --reruns: gloo's connections between real processes are refused now and then on a loaded machine; reruns are reported.
 TEST_FLAGS ?= -n 2 -rsR --reruns 2 --reruns-delay 3
 
-.PHONY: demo test faults lint format clean
+.PHONY: demo test faults bench lint format clean
 
 demo: .venv/training
 	$(BIN)/python -m open_flamingo.scripts.demo
@@ -19,6 +20,15 @@ test: .venv/test
 
 faults: .venv/test
 	$(BIN)/python tests/reliability.py
+
+bench: .venv/benchmark
+	$(BIN)/python -m benchmarks small
+	$(BIN)/python -m benchmarks small --precision amp_bf16
+	$(BIN)/python -m benchmarks mid
+	$(BIN)/python -m benchmarks mid --precision amp_bf16
+	$(BIN)/python -m benchmarks data
+	$(BIN)/python -m benchmarks start
+	$(BIN)/python -m benchmarks checkpoint
 
 # The types are checked as users see them: `train/` as `open_flamingo.train`.
 lint: .venv/test
@@ -39,6 +49,6 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 
-.venv/training .venv/test: .venv/bin/python setup.py pyproject.toml requirements.txt requirements-training.txt
+.venv/training .venv/test .venv/benchmark: .venv/bin/python setup.py pyproject.toml requirements.txt requirements-training.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(notdir $@)]'
 	touch $@

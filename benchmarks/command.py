@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         step = commands.add_parser(name, parents=[common], help=f"updates of the shape `{name}` (see shapes.py)")
         step.add_argument("--precision", choices=["fp32", "amp_bf16"], default="fp32", help="on a CPU, ours alone")
         step.add_argument("--rounds", type=int, default=5, help="turns of each program")
-        step.add_argument("--steps", type=int, default=2, help="updates a turn")
+        step.add_argument("--steps", type=int, default=1, help="updates a turn")
         step.add_argument("--checkpointing", nargs="+", choices=["reference", "ours"], default=[])
         step.add_argument("--compile", action="store_true", help="ours with --compile")
         step.set_defaults(run=run_steps)
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", parents=[common], help="the loaders alone: samples a second")
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to measure")
     data.add_argument("--rounds", type=int, default=3, help="turns of each program")
-    data.add_argument("--seconds", type=float, default=5, help="of each measurement")
+    data.add_argument("--seconds", type=float, default=3, help="of each measurement")
     data.set_defaults(run=run_data)
 
     begin = commands.add_parser("start", parents=[common], help="seconds to --help, and to the first update")

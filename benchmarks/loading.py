@@ -18,6 +18,7 @@ from benchmarks.shards import Size
 SIZES = (Size(512, 384), Size(1600, 1200))
 SAMPLES = {"laion": 1024, "mmc4": 192}  # in all shards together
 BATCH_SIZE = {"laion": 16, "mmc4": 4}
+FAST = "ours, --fast_resize"
 
 
 @dataclass
@@ -53,16 +54,19 @@ def measure(workers: tuple[int, ...], rounds: int, seconds: float, only_ours: bo
     results: list[Loading] = []
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, str(folder), "--loaders")) for name in programs}
+        children[FAST] = children["ours"]
         for kind in ("laion", "mmc4"):
             for size in SIZES:
                 write = shards.write_laion if kind == "laion" else shards.write_mmc4
                 pattern = write(FOLDER / f"{kind}-{size.width}", size, SAMPLES[kind])
                 for number in workers:
-                    cells = {name: Loading(name, kind, size, number) for name in programs}
+                    cells = {name: Loading(name, kind, size, number) for name in children}
                     for _ in range(rounds):
                         for name, child in children.items():
+                            options = {"fast_resize": True} if name == FAST else {}
                             answer = child.ask(
-                                "rate", kind=kind, shards=pattern, batch_size=BATCH_SIZE[kind], workers=number, seconds=seconds
+                                "rate", kind=kind, shards=pattern, batch_size=BATCH_SIZE[kind], workers=number, seconds=seconds,
+                                **options,
                             )  # fmt: skip
                             cells[name].rates.append(answer["samples_per_second"])
                             cells[name].images, cells[name].tokens = answer["images"], answer["tokens"]
@@ -71,7 +75,8 @@ def measure(workers: tuple[int, ...], rounds: int, seconds: float, only_ours: bo
 
 
 def describe(results: list[Loading]) -> str:
-    names = ["reference", "ours"] if any(result.program == "reference" for result in results) else ["ours"]
+    names = list(dict.fromkeys(result.program for result in results))
+    compared = names[0] == "reference"
     rows = []
     for ours in (result for result in results if result.program == "ours"):
         key = (ours.kind, ours.size, ours.workers)
@@ -79,10 +84,10 @@ def describe(results: list[Loading]) -> str:
         unit = "pairs/s" if ours.kind == "laion" else "documents/s"
         row = [f"{ours.kind.upper()}, {ours.size}", str(ours.workers), unit]
         row += [f"{cell.rate:.1f} ({min(cell.rates):.1f}–{max(cell.rates):.1f})" for cell in cells]
-        row += [f"{cells[1].rate / cells[0].rate:.2f}"] * (len(cells) == 2)
+        row += [f"{cell.rate / cells[0].rate:.2f}" for cell in cells[1:] if compared]
         row += [" / ".join(f"{cell.images:.1f}" for cell in cells), " / ".join(f"{cell.tokens:.0f}" for cell in cells)]
         rows.append(row)
-    header = ["data", "workers", "", *names, *(["ratio"] if len(names) == 2 else []), "images each", "tokens each"]
+    header = ["data", "workers", "", *names, *(f"ratio, {name}" for name in names[1:] if compared), "images each", "tokens each"]
     return (
         f"Medians of {len(results[0].rates)} rounds, the programs in turns; least and most. Shards in the page cache. "
         "Documents have 2 to 8 pictures, 10 to 25 sentences.\n\n" + table(header, rows)
@@ -101,7 +106,7 @@ def plot(results: list[Loading], name: str, document: Path) -> str | None:
     axes = figure.subplots(1, 4)
     cases = sorted({(result.kind, result.size) for result in results})
     for axis, (kind, size) in zip(axes, cases):
-        for program in ("reference", "ours"):
+        for program in dict.fromkeys(result.program for result in results):
             points = sorted(
                 (r.workers, r.rate) for r in results if (r.kind, r.size, r.program) == (kind, size, program)
             )

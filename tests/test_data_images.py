@@ -69,6 +69,18 @@ def test_many_sizes_of_noise() -> None:
             assert difference(encoded(Image.fromarray(pixels(width, height, seed=seed))), 112) <= 1, (width, height)
 
 
+@pytest.mark.parametrize("kind", ["noise", "soft"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_the_fast_resize(size: tuple[int, int], kind: str) -> None:
+    data = encoded(Image.fromarray(pixels(*size, kind)))
+    prepared = ImagePreparer(image_processor(), fast_resize=True)(data)
+    assert (prepared.shape, prepared.dtype) == ((3, 224, 224), np.uint8)
+    difference = np.abs(prepared.astype(int) - reference(data).astype(int))
+    assert difference.max() <= 2
+    assert (difference == 1).mean() < 0.02
+    assert (difference == 2).sum() <= 3
+
+
 def test_a_picture_like_a_line_takes_little_memory() -> None:
     # At full width it would be 224 × 4,480,000 pixels.
     assert ImagePreparer(image_processor())(encoded(Image.fromarray(pixels(20_000, 1)))).shape == (3, 224, 224)
