@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in SHAPES:
         step = commands.add_parser(name, parents=[common], help=f"updates of the shape `{name}` (see shapes.py)")
         step.add_argument("--precision", choices=["fp32", "amp_bf16"], default="fp32", help="on a CPU, ours alone")
-        step.add_argument("--rounds", type=int, default=5, help="turns of each program")
+        step.add_argument("--rounds", type=int, default=4, help="turns of each program")
         step.add_argument("--steps", type=int, default=1, help="updates a turn")
         step.add_argument("--checkpointing", nargs="+", choices=["reference", "ours"], default=[])
         step.add_argument("--compile", action="store_true", help="ours with --compile")

@@ -87,7 +87,15 @@ def describe(results: list[Loading]) -> str:
         row += [f"{cell.rate / cells[0].rate:.2f}" for cell in cells[1:] if compared]
         row += [" / ".join(f"{cell.images:.1f}" for cell in cells), " / ".join(f"{cell.tokens:.0f}" for cell in cells)]
         rows.append(row)
-    header = ["data", "workers", "", *names, *(f"ratio, {name}" for name in names[1:] if compared), "images each", "tokens each"]
+    header = [
+        "data",
+        "workers",
+        "",
+        *names,
+        *(f"ratio, {name}" for name in names[1:] if compared),
+        "images each",
+        "tokens each",
+    ]
     return (
         f"Medians of {len(results[0].rates)} rounds, the programs in turns; least and most. Shards in the page cache. "
         "Documents have 2 to 8 pictures, 10 to 25 sentences.\n\n" + table(header, rows)

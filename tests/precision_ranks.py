@@ -22,17 +22,22 @@ from open_flamingo.train.step import Source, train_update
 from open_flamingo.train.train import data_options
 from open_flamingo.weights import whole
 
-# (precision, sharded by FSDP or not, compiled or not)
+# (precision, how it is spread, compiled or not)
 RUNS = (
-    ("fp32", False, False),
-    ("fp32", False, True),
-    ("fp32", True, True),
-    ("amp_bf16", False, False),
-    ("bf16", False, False),
-    ("bf16", True, False),
-    ("fp16", False, False),
-    ("fp16", True, False),
+    ("fp32", "ddp", False),
+    ("fp32", "ddp", True),
+    ("fp32", "full", True),
+    ("amp_bf16", "ddp", False),
+    ("amp_bf16", "ddp", True),
+    ("bf16", "ddp", False),
+    ("bf16", "full", False),
+    ("fp16", "ddp", False),
+    ("fp16", "full", False),
+    ("fp16", "hybrid", False),
+    ("fp16", "full", True),
 )
+# `hybrid`: a mesh of two dimensions, of two groups of one rank.
+SHARDINGS = {"ddp": None, "full": Sharding(2), "hybrid": Sharding(1)}
 
 
 def main() -> None:
@@ -48,10 +53,9 @@ def compile_quickly(module: nn.Module, **options: Any) -> None:
 
 
 compile_module = nn.Module.compile
-nn.Module.compile = compile_quickly
 
 
-def train(args, world: World, precision: str, fsdp: bool, compiled: bool) -> None:
+def train(args, world: World, precision: str, way: str, compiled: bool) -> None:
     torch.manual_seed(0)
     model, image_processor, tokenizer = create_model_and_transforms(
         args.vision_encoder_path,
@@ -60,7 +64,7 @@ def train(args, world: World, precision: str, fsdp: bool, compiled: bool) -> Non
         gradient_checkpointing=compiled,
     )
     hold_weights(model, precision)
-    parallel_model = parallelise(model, world, Sharding(world.world_size) if fsdp else None)
+    parallel_model = parallelise(model, world, SHARDINGS[way])
     optimizer = build_optimizer(model, 1e-3, 0.1)
     scheduler = build_scheduler(optimizer, "constant", 0, 1)
     scaler = build_loss_scaler(precision, world.device)
@@ -83,7 +87,7 @@ def train(args, world: World, precision: str, fsdp: bool, compiled: bool) -> Non
         assert (digest(model) == before) == overflows, (precision, update, norm)
         before = digest(model)
     loss = sum_over_ranks(sources[0].loss.double()).item()
-    line = {"run": [precision, fsdp, compiled], "rank": world.rank, "weights": before, "loss": loss}
+    line = {"run": [precision, way, compiled], "rank": world.rank, "weights": before, "loss": loss}
     if scaler is not None:
         line["scaling"] = scaler.state_dict()
     sys.stdout.write(f"{json.dumps(line)}\n")  # in one piece, as the other rank writes too
@@ -96,4 +100,5 @@ def digest(model: nn.Module) -> str:
 
 
 if __name__ == "__main__":
+    nn.Module.compile = compile_quickly
     main()

@@ -21,6 +21,7 @@ from open_flamingo.train.parallel import check_compiler, compile_blocks
 from open_flamingo.train.precision import LossScaler, hold_weights
 from open_flamingo.train.train import main
 from tests.families import IMAGE, flamingo, images, language_model, text
+from tests.precision_ranks import RUNS
 from tests.tiny import ROOT, assert_same, finished, torchrun
 
 
@@ -159,17 +160,19 @@ def test_the_scaled_step_is_the_plain_one() -> None:
 
 
 def test_two_ranks_skip_and_compile_together(flags_of_module: list[str]) -> None:
-    """DDP and FSDP: an overflow on one rank alone is skipped by both; compiled, checkpointed blocks change nothing."""
+    """DDP, FSDP and hybrid: an overflow on one rank alone is skipped by both; compiled, checkpointed blocks change nothing."""
     output = finished(torchrun(2, ROOT / "tests" / "precision_ranks.py", *flags_of_module))
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert len(lines) == 16
-    said = {(*line["run"], line["rank"]): line for line in lines}
-    for (*run, _), line in said.items():
-        assert line["weights"] == said[(*run, 0)]["weights"], run
-    for fsdp in (False, True):
-        assert said["fp16", fsdp, False, 0]["scaling"] == {"scale": 2.0**15, "good_updates": 1, "skipped": 1}
-        assert said["fp32", fsdp, True, 0]["loss"] == pytest.approx(said["fp32", False, False, 0]["loss"], rel=1e-6)
-    assert said["bf16", True, False, 0]["loss"] == pytest.approx(said["bf16", False, False, 0]["loss"], rel=1e-3)
+    assert len(lines) == 2 * len(RUNS)
+    said = {(tuple(line["run"]), line["rank"]): line for line in lines}
+    for (run, _), line in said.items():
+        assert line["weights"] == said[run, 0]["weights"], run
+    bounds = {"fp32": 1e-6, "amp_bf16": 1e-3, "bf16": 1e-3, "fp16": 1e-4}
+    for precision, way, compiled in RUNS:
+        line, plain = (said[run, 0] for run in ((precision, way, compiled), (precision, "ddp", False)))
+        assert line["loss"] == pytest.approx(plain["loss"], rel=bounds[precision]), (precision, way, compiled)
+        if precision == "fp16":
+            assert line["scaling"] == {"scale": 2.0**15, "good_updates": 1, "skipped": 1}, (way, compiled)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
