@@ -77,7 +77,9 @@ def main() -> None:
                 gc.collect()
         if ours.world.is_main:
             trained = sum(p.numel() for p in ours.model.parameters() if p.requires_grad)
-            print(f"{args.shape}, {args.precision}, {ours.world.world_size} ranks, {4 * trained / 1e6:.0f} MB of gradients")
+            print(
+                f"{args.shape}, {args.precision}, {ours.world.world_size} ranks, {4 * trained / 1e6:.0f} MB of gradients"
+            )
             rows = [
                 [name, f"{statistics.median(of):.3f}", f"{min(of):.3f}", f"{memory[name]:.2f}"]
                 for name, of in seconds.items()
