@@ -77,7 +77,8 @@ def _head_in_the_type_of_products(lang_encoder: nn.Module, device_type: str) -> 
     """
     parameters = getattr(output_head(lang_encoder), "_parameters", {})
     weight = parameters.get("weight")
-    if weight is None or weight.requires_grad or not torch.is_autocast_enabled(device_type):
+    autocasts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if weight is None or weight.requires_grad or not autocasts:
         yield
         return
     parameters["weight"] = weight.to(torch.get_autocast_dtype(device_type))
