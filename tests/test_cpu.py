@@ -76,13 +76,17 @@ def test_what_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.randn(1, 2, 4, 8, dtype=torch.bfloat16, requires_grad=True)
     fewer = torch.randn(1, 1, 4, 8, dtype=torch.bfloat16)
     added = torch.randn(1, 1, 4, 4, dtype=torch.bfloat16)
+    blind = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    blind[0, 0, 2] = False
     expected = [
+        F.scaled_dot_product_attention(query, query, query, attn_mask=blind),
         F.scaled_dot_product_attention(query, query, query, attn_mask=added),
         F.scaled_dot_product_attention(query, fewer, fewer, enable_gqa=True),
         F.scaled_dot_product_attention(query, query, query),
     ]
     with fast_kernels(CPU, "amp_bf16"):
         found = [
+            F.scaled_dot_product_attention(query, query, query, attn_mask=blind),
             F.scaled_dot_product_attention(query, query, query, attn_mask=added),
             F.scaled_dot_product_attention(query, fewer, fewer, enable_gqa=True),
         ]

@@ -135,6 +135,8 @@ def _attention(
         and (attn_mask is None or (attn_mask.dtype == torch.bool and attn_mask.ndim == 4 and attn_mask.shape[1] == 1))
         and dropout_p == 0
         and query.shape[:3].numel() * key.shape[2] <= MAX_ATTENTION_WEIGHTS
+        # torch gives 0 for a query that sees nothing, and a plain softmax what is no number.
+        and (attn_mask is None or bool(attn_mask.any(-1).all()))
     )
     if not plain:
         return torch.ops.aten.scaled_dot_product_attention.default.decompose(
