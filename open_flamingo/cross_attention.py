@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .resampler import feed_forward, merge_heads, split_heads
+from .resampler import FeedForward, merge_heads, split_heads
 
 
 class MediaMask(NamedTuple):
@@ -59,7 +59,7 @@ class MaskedCrossAttention(nn.Module):
         key, value = self.to_kv(media).chunk(2, dim=-1)
         query, key, value = (split_heads(x, self.heads) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.attend)
-        return self.to_out(merge_heads(out) * mask.visible)
+        return self.to_out(merge_heads(out)) * mask.visible
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -76,7 +76,7 @@ class GatedCrossAttentionBlock(nn.Module):
         super().__init__()
         self.attn = MaskedCrossAttention(dim, dim_visual, dim_head, heads)
         self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.ff = feed_forward(dim, ff_mult)
+        self.ff = FeedForward(dim, ff_mult)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden_states: Tensor, media: Tensor, mask: MediaMask) -> Tensor:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from open_flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_mask
-from open_flamingo.resampler import PerceiverResampler
+from open_flamingo.resampler import FeedForward, PerceiverResampler
 from tests.families import (
     END_OF_CHUNK,
     IMAGE,
@@ -145,6 +146,26 @@ def test_the_resampler_treats_images_apart() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is trained
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "amp_bf16"])
+def test_the_feed_forward_is_its_layers_and_keeps_the_widest_tensor_once(autocast: bool) -> None:
+    torch.manual_seed(0)
+    feed = FeedForward(8)
+
+    def run(function: Callable[[Tensor], Tensor]) -> tuple[int, list[Tensor]]:
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        kept: dict[int, Tensor] = {}  # by storage: each alive, so that none takes another's place
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = function(x)
+        wide = sum(t.numel() == 2 * 5 * 32 for t in kept.values())
+        return wide, [output.detach(), *torch.autograd.grad(output.float().square().sum(), [x, *feed.parameters()])]
+
+    kept, found = run(feed)
+    kept_by_layers, expected = run(lambda x: nn.Sequential(*feed)(x))
+    assert (kept, kept_by_layers) == (1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_what_is_trained() -> None:
