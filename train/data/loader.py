@@ -427,7 +427,10 @@ class Loader:
                     share = next(shares)
             except (RuntimeError, OSError, EOFError) as error:
                 if not isinstance(error, RuntimeError):  # the connection to a worker broke: it is dying
-                    wait([process.sentinel for process in self._workers], POLL)
+                    ended = wait([process.sentinel for process in self._workers], POLL)
+                    for process in self._workers:
+                        if process.sentinel in ended:  # its files are closed, but it may not have come to its end
+                            process.join(POLL)
                 for number, process in enumerate(self._workers):
                     if number == self._watchdog.hung:
                         what = f"hangs: it has given nothing for {self.options.timeout:g} seconds"
