@@ -26,6 +26,7 @@ import torch
 from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.health import EXIT_STOPPED, check_finite
 from open_flamingo.train.train import main
+from tests.launch.slurm import free_port
 from tests.tiny import ROOT, assert_same, finished, torchrun
 
 FAULTY = ROOT / "tests" / "faulty.py"
@@ -257,7 +258,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
     rank: int, disturbed: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=4")
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=10")
     wait_for(lambda: updates_done(run) >= 8, process)
     victim = ranks_of(process)[rank]
     os.kill(victim, signal.SIGSTOP)
@@ -286,11 +287,11 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(
 
 def test_without_a_launcher_that_watches_the_other_rank_ends_by_itself(disturbed: list[str], tmp_path: Path) -> None:
     """As under srun and mpirun: rank 0, which keeps the meeting point, is stopped, and rank 1 does not hang."""
-    port = random.randint(20_000, 30_000)
+    port = free_port()
     ranks = []
     for rank in range(2):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(FAULTY), plan(seconds=0.1), *disturbed, "--dist_timeout=4"]
+        command = [sys.executable, str(FAULTY), plan(seconds=0.1), *disturbed, "--dist_timeout=10"]
         command.append(f"--dist-url=tcp://127.0.0.1:{port}")
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -254,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fast_resize",
         action="store_true",
         help="resize images with less exact weights, in a third of the time: up to twice as many samples a second from a worker. "
-        "4 values in 1000 are 1/255 off, and in 3 images of 100 one is 2/255 off",
+        "4 values in 1000 are 1/255 off, and one in a million (in scanned text, ten) is 2/255 off",
     )
     data.add_argument(
         "--data_lanes",

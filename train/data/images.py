@@ -5,7 +5,7 @@ is decoded by libjpeg-turbo without Pillow around it, resizing is two matrix pro
 normalising is left to the training step, on the device. Pixels are within 1/255 of the reference's.
 
 torch's 8-bit resize (`--fast_resize`) takes a third of the time of the products, which take half of Pillow's. But its weights
-have 16 bits: of 100 pictures of 150,000 values, 3 have one that is 2/255 off. So it has to be asked for.
+have 16 bits: of a million values, one (in pictures of text, ten) is 2/255 off. So it has to be asked for.
 """
 
 from __future__ import annotations
