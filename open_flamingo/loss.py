@@ -109,12 +109,14 @@ class _SummedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 logits = logits_of_hidden(piece)
             target = targets[place : place + chunk, None]
-            # The gradient of -log softmax(logits)[target] is softmax(logits) - onehot(target): in the memory of the
-            # logarithms, where autograd would make three more tensors of this size.
-            log_probabilities = torch.log_softmax(logits.detach(), -1, dtype=torch.float32)
-            total -= log_probabilities.gather(1, target).sum()
-            of_logits = log_probabilities.exp_()
-            of_logits.scatter_add_(1, target, of_logits.new_full((), -1.0).expand(target.shape))
+            # The gradient of -log softmax(logits)[target] is softmax(logits) - onehot(target): made in the memory of the
+            # logits (or of their copy in float32), where autograd would make four more tensors of this size.
+            values = logits.detach().float()
+            values.sub_(values.amax(1, keepdim=True))
+            of_target = values.gather(1, target)
+            sums = values.exp_().sum(1, keepdim=True)
+            total += (sums.log() - of_target).sum()
+            of_logits = values.div_(sums).scatter_add_(1, target, sums.new_full((), -1.0).expand(target.shape))
             of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], of_logits.to(logits.dtype))
             hidden_gradient[place : place + chunk] = of_piece
             for gradient, part in zip(gradients, of_trained):
