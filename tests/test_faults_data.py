@@ -619,6 +619,24 @@ def test_a_worker_that_dies_or_hangs_is_named(
         next(batches)
 
 
+def test_a_stopped_worker_whose_share_comes_before_the_one_that_is_waited_for(tmp_path: Path, quick_poll: None) -> None:
+    """Its share is asked for from it, in the middle of the wait for a slower worker, and it never answers."""
+    write_laion(tmp_path, shards=2, samples=6)
+    slow, fast = f"pipe:sleep 30; cat {tmp_path}/laion-000000.tar", f"{tmp_path}/laion-000001.tar"
+
+    def reads_slowly(seed: int) -> bool:  # the first worker does
+        return ShardOrder((slow, fast), 2, seed, "laion").url(0, 0) == slow
+
+    seed = next(filter(reads_slowly, range(99)))
+    batches = loader("laion", (slow, fast), workers=2, lanes=2, seed=seed, timeout=3.0)
+    time.sleep(1.5)  # the second worker's share is ready
+    pids = workers_of(batches)
+    os.kill(pids[1], signal.SIGSTOP)
+    with pytest.raises(DataError, match=rf"worker 1 of rank 0 \(pid {pids[1]}\).* hangs"):
+        next(batches)
+    assert not any(running(pid) for pid in pids)
+
+
 def test_a_death_is_told_when_a_batch_is_wanted_and_not_before(tmp_path: Path, quick_poll: None) -> None:
     """torch's own way is to raise at once, wherever the training is: in the middle of a save, say."""
     pattern = write_laion(tmp_path, shards=2, samples=6)

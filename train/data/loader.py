@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -322,6 +323,14 @@ def _manner_of_death(exitcode: int | None) -> str:
     return f"was killed by {signal.Signals(-exitcode).name}{hint}"
 
 
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a signal or a debugger has stopped the process; False where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
 class _Watchdog:
     """Kills a worker that is waited for in vain.
 
@@ -359,9 +368,17 @@ class _Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(min(POLL, self._timeout)):
             waiting = self._waiting
-            if waiting is not None and time.monotonic() >= waiting[1] and self.hung is None:
-                self.hung = waiting[0]
+            if waiting is None or time.monotonic() < waiting[1]:
+                continue
+            if self.hung is None:
+                # Shares come in any order: that of another worker may be ahead, and be asked for from it in vain. Only one
+                # that is stopped as a whole does not answer.
+                stopped = (number for number, process in enumerate(self._workers) if _is_stopped(process.pid))
+                self.hung = next(stopped, waiting[0])
                 self._workers[self.hung].kill()
+            else:  # whatever it is that is waited for, it comes from one of them
+                for process in self._workers:
+                    process.kill()
 
 
 class Loader:
