@@ -36,7 +36,7 @@ class FeedForward(nn.Sequential):
 class _GeluLinear(torch.autograd.Function):
     """`linear(gelu(hidden), weight)` that keeps `hidden` alone for the backward pass, and makes gelu's result there again.
 
-    It is the widest tensor of the block: where autograd keeps both, they are a quarter of all that a step keeps.
+    It is the widest tensor of the block: autograd would keep both.
     """
 
     @staticmethod

@@ -60,8 +60,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep what is freed for what is asked for next, until the process ends.
 
     It would give large blocks back to the system, and the activations of the next pass would be taken anew, zeroed page by page:
-    50,000 to 170,000 pages an update of `python -m benchmarks small`, some 10 % of its time. The most that is held at once
-    stays the same. Other C libraries are left as they are.
+    some 10 % of an update of `python -m benchmarks small --precision amp_bf16`. The most that is held at once stays the same.
+    Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
