@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--fast_resize",
         action="store_true",
-        help="resize images with less exact weights, in a third of the time: up to twice as many samples a second from a worker. "
+        help="resize images with less exact weights: a fifth to two fifths more samples a second from a worker. "
         "4 values in 1000 are 1/255 off, and one in a million (in scanned text, ten) is 2/255 off",
     )
     data.add_argument(

@@ -1,11 +1,11 @@
 """Bytes of a picture → the pixels that the vision encoder sees.
 
 The reference decodes with Pillow, resizes the shorter side (bicubic, antialiased), crops the centre and normalises. Here JPEG
-is decoded by libjpeg-turbo without Pillow around it, resizing is two matrix products that make no more than the crop keeps, and
+is decoded by libjpeg-turbo without Pillow around it, resizing is two weighted sums that make no more than the crop keeps, and
 normalising is left to the training step, on the device. Pixels are within 1/255 of the reference's.
 
-torch's 8-bit resize (`--fast_resize`) takes a third of the time of the products, which take half of Pillow's. But its weights
-have 16 bits: of a million values, one (in pictures of text, ten) is 2/255 off. So it has to be asked for.
+torch's 8-bit resize (`--fast_resize`) takes a half to a third of the time of these sums, which take half of Pillow's. But its
+weights have 16 bits: of a million values, one (in pictures of text, ten) is 2/255 off. So it has to be asked for.
 """
 
 from __future__ import annotations
@@ -154,26 +154,28 @@ class ImagePreparer:
             if self.spec is None:
                 assert self._image_processor is not None
                 image = self._image_processor(_decode_with_pillow(data))
-                chosen = np.asarray(image, dtype=np.float32)
+                chosen = np.asarray(image, dtype=np.float32)[:, :, :: -1 if flip else 1]
             else:
                 decoded = _decode_jpeg(data)
                 if decoded is None:
-                    decoded = np.array(_decode_with_pillow(data))
-                chosen = (_resize_and_crop_by_torch if self._fast_resize else _resize_and_crop)(decoded, self.spec)
+                    decoded = np.array(_decode_with_pillow(data).convert("RGBX"))
+                chosen = (_resize_and_crop_by_torch if self._fast_resize else _resize_and_crop)(
+                    decoded, self.spec, flip
+                )
         except Exception as error:  # a broken picture can raise anything
             raise SampleError("corrupt_image", str(error)) from error
-        return np.ascontiguousarray(chosen[:, :, ::-1] if flip else chosen)
+        return np.ascontiguousarray(chosen)
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """uint8 [H, W, 3], as Pillow gives it, but sooner; None where Pillow must do it or say what is wrong."""
+    """uint8 [H, W, 4], as Pillow gives it as RGBX, but sooner; None where Pillow must do it or say what is wrong."""
     if not data.startswith(JPEG):
         return None
     try:
         colours = simplejpeg.decode_jpeg_header(data)[2]
         if colours not in ("RGB", "YCbCr", "Gray"):  # CMYK has more than one way to become RGB
             return None
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        return simplejpeg.decode_jpeg(data, "RGBX", strict=True)
     except ValueError:
         return None
 
@@ -200,48 +202,57 @@ def _resized(resize: int | tuple[int, int], height: int, width: int) -> tuple[in
     return (resize, int(resize * width / height)) if height <= width else (int(resize * height / width), resize)
 
 
-def _resize_and_crop(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
-    """uint8 [height, width, 3] → uint8 [3, H, W], as Pillow's `resize` makes them.
+def _resize_and_crop(pixels: np.ndarray, spec: ImageSpec, flip: bool) -> np.ndarray:
+    """uint8 [height, width, 4] → uint8 [3, H, W], as Pillow's `resize` makes them.
 
     Along rows first, then along columns: the order of every Pillow before 13, which takes the other one for tall pictures.
     Between the two, values are rounded and clipped, so the order is seen at sharp edges.
     """
     resized = _resized(spec.resize, *pixels.shape[:2])
+    resampling = _resampling if max(pixels.shape) <= MAX_CACHED else _resampling.__wrapped__
     down, across = (
-        _resampling(size, new_size, round((new_size - crop) / 2.0), crop, spec.interpolation)
-        for size, new_size, crop in zip(pixels.shape, resized, spec.crop)
+        resampling(size, new_size, round((new_size - crop) / 2.0), crop, spec.interpolation, mirrored)
+        for size, new_size, crop, mirrored in zip(pixels.shape, resized, spec.crop, (False, flip))
     )
-    source = pixels[down.start : down.stop, across.start : across.stop]  # all that the crop depends on
-    rows = torch.from_numpy(source).permute(2, 0, 1).contiguous().flatten(0, 1).float()  # of red, then green, then blue
-    narrow = torch.empty(len(rows), spec.crop[1])
-    for start, stop, first, weights in across.blocks:
-        torch.mm(rows[:, first : first + len(weights)], weights, out=narrow[:, start:stop])
-    # Rounded and clipped as Pillow does; but what float32 cannot tell which way to round stays as it is: values that are 1 off in
-    # several rows of a column could make one that is 2 off.
-    rounded = narrow.round()
-    undecided = F.hardshrink(narrow.sub_(rounded), 0.499)
-    columns = rounded.add_(undecided).clamp_(0, 255).view(3, len(source), -1)
-    result = torch.empty(3, *spec.crop)
-    for start, stop, first, weights in down.blocks:
-        torch.matmul(weights.T, columns[:, first : first + len(weights)], out=result[:, start:stop])
-    return result.add_(0.5).clamp_(0, 255).to(torch.uint8).numpy()  # of which the fraction is cut off
+    whole = torch.from_numpy(pixels).view(torch.int32).squeeze(2)  # [height, width], a pixel a number
+    source = whole[down.start : down.stop, across.start : across.stop]  # all that the crop depends on
+    strips = []
+    for strip in source.split(STRIP):
+        columns = torch.empty(strip.T.shape, dtype=torch.int32).copy_(strip.contiguous().T)
+        narrow = across(columns.view(torch.uint8).float())  # [W, height of the strip * 4]
+        narrow.add_(0.5).floor_().clamp_(0, 255)  # rounded and clipped as Pillow does
+        strips.append(narrow.view(torch.complex128).T)  # a pixel, of four floats, is moved as one
+    rows = torch.cat(strips).view(torch.float32)  # [height, W * 4]
+    result = down(rows).add_(0.5).clamp_(0, 255)  # of which the fraction is cut off
+    planes = result.view(*spec.crop, 4)[..., :3].permute(2, 0, 1)
+    return planes.to(torch.uint8, memory_format=torch.contiguous_format).numpy()
 
 
 class _Resampling(NamedTuple):
-    """A matrix product along one axis. Its matrix is a band: cut into blocks, most of its zeros are left out.
+    """Sums of rows, with weights: each pixel of the result along an axis is one of the few pixels around its place in the source.
+
+    An embedding bag is just that, and torch has a fast one (FBGEMM's).
 
     start, stop: the source's pixels that are needed.
-    blocks: of the result's pixels start:stop, the first source pixel, after the other `start`, and weights [S, stop - start].
+    places: int32 [count, taps], the rows of each sum, from `start`.
+    weights: float32 [count, taps].
     """
 
     start: int
     stop: int
-    blocks: list[tuple[int, int, int, Tensor]]
+    places: Tensor
+    weights: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float32 [stop - start, *] → [count, *]."""
+        return F.embedding_bag(self.places, rows, per_sample_weights=self.weights, mode="sum")
 
 
-@functools.lru_cache(maxsize=128)
-def _resampling(size: int, resized: int, start: int, count: int, interpolation: InterpolationMode) -> _Resampling:
-    """The pixels start .. start + count of `size` pixels resized to `resized`.
+@functools.lru_cache(maxsize=512)
+def _resampling(
+    size: int, resized: int, start: int, count: int, interpolation: InterpolationMode, mirrored: bool
+) -> _Resampling:
+    """The pixels start .. start + count of `size` pixels resized to `resized`; the last one first if `mirrored`.
 
     Pillow's arithmetic (Resample.c): a kernel as wide as a pixel of the coarser grid asks for, and weights of 22 bits.
     """
@@ -255,14 +266,15 @@ def _resampling(size: int, resized: int, start: int, count: int, interpolation: 
     weights = kernel(np.abs(places - centres[:, None] + 0.5) / widening) * (places < last[:, None])
     weights /= weights.sum(1, keepdims=True)
     weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)) / 2**22
-    blocks = []
-    for begin in range(0, count, BLOCK):
-        rows = slice(begin, min(begin + BLOCK, count))
-        matrix = np.zeros((last[rows].max() - first[begin] + places.shape[1], rows.stop - begin), dtype=np.float32)
-        np.put_along_axis(matrix, (places[rows] - first[begin]).T, weights[rows].T.astype(np.float32), axis=0)
-        matrix = matrix[: last[rows].max() - first[begin]]
-        blocks.append((begin, rows.stop, int(first[begin] - first[0]), torch.from_numpy(matrix)))
-    return _Resampling(int(first[0]), int(last[-1]), blocks)
+    places = places.clip(max=last[-1] - 1) - first[0]  # beyond `last` weights are 0
+    if mirrored:
+        places, weights = places[::-1], weights[::-1]
+    return _Resampling(
+        int(first[0]),
+        int(last[-1]),
+        torch.from_numpy(places.astype(np.int32)),
+        torch.from_numpy(weights.astype(np.float32)),
+    )
 
 
 def _bicubic(distance: np.ndarray) -> np.ndarray:
@@ -278,16 +290,19 @@ def _bilinear(distance: np.ndarray) -> np.ndarray:
 
 KERNELS = {InterpolationMode.BICUBIC: (_bicubic, 2.0), InterpolationMode.BILINEAR: (_bilinear, 1.0)}
 """Each with how many pixels it reaches."""
-BLOCK = 16
-"""Pixels of the result in a block: more would multiply more zeros, fewer make more and smaller products."""
+STRIP = 192
+"""Rows of a picture that are made narrower at a time: they stay in a processor's cache."""
+MAX_CACHED = 8192
+"""The longest side whose weights are kept, 1 KB for 32 pixels: those of a line of 1,000,000 pixels are 30 MB."""
 
 
-def _resize_and_crop_by_torch(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
-    """uint8 [height, width, 3] → uint8 [3, H, W], of which 4 values in 1000 are 1/255 away from Pillow's, and hardly any farther."""
+def _resize_and_crop_by_torch(pixels: np.ndarray, spec: ImageSpec, flip: bool) -> np.ndarray:
+    """uint8 [height, width, 4] → uint8 [3, H, W], of which 4 values in 1000 are 1/255 away from Pillow's, and hardly any farther."""
     (height, width), resized = spec.crop, _resized(spec.resize, *pixels.shape[:2])
     if resized[0] > MAX_STRETCH * height or resized[1] > MAX_STRETCH * width:
-        return _resize_and_crop(pixels, spec)
+        return _resize_and_crop(pixels, spec, flip)
     planes = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     whole = F.interpolate(planes, size=resized, mode=spec.interpolation.value, antialias=True).squeeze(0).numpy()
     top, left = round((resized[0] - height) / 2.0), round((resized[1] - width) / 2.0)
-    return whole[:, top : top + height, left : left + width]
+    cropped = whole[:3, top : top + height, left : left + width]
+    return cropped[:, :, ::-1] if flip else cropped

@@ -7,12 +7,15 @@ A text is given as its parts: what stands before the first picture, then what fo
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 MEDIA_TOKEN = "<image>"
 EOC_TOKEN = "<|endofchunk|>"
 # Characters of a text that are looked at, 512 for each of 256 tokens. A tokenizer takes a second and 1 GB for a million.
 MAX_CHARACTERS = 1 << 17
+# Of a long text, as many characters a token are looked at first; English has four or five.
+LIKELY_CHARACTERS = 6
 
 
 class TextEncoder:
@@ -38,9 +41,21 @@ class TextEncoder:
         parts = [part[:MAX_CHARACTERS] for part in parts]
         if any(MEDIA_TOKEN in part or EOC_TOKEN in part for part in parts):
             return self._piece_by_piece(parts)
-        # One call on the whole text: what a tokenizer makes of a text can depend on what stands before it.
-        chunks = EOC_TOKEN.join(MEDIA_TOKEN + part for part in parts[1:])
-        text = f"{parts[0]}{chunks}{EOC_TOKEN}{self.tokenizer.eos_token}"
+        chunks = [parts[0], *(f"{MEDIA_TOKEN}{part}{EOC_TOKEN}" for part in parts[1:])]
+        chunks[-1] += (EOC_TOKEN if len(parts) == 1 else "") + self.tokenizer.eos_token
+        # A tokenizer takes what stands between two special tokens on its own: what comes after `max_tokens` need not be seen.
+        lengths = accumulate(map(len, chunks))
+        count = next(
+            (n for n, length in enumerate(lengths, 1) if length >= LIKELY_CHARACTERS * self.max_tokens), len(chunks)
+        )
+        if count < len(chunks):
+            ids = self._ids("".join(chunks[:count]) + MEDIA_TOKEN)
+            if len(ids) == self.max_tokens:
+                return ids
+        return self._ids("".join(chunks))
+
+    def _ids(self, text: str) -> list[int]:
+        # One call on the text: what a tokenizer makes of a word can depend on what stands before it.
         return list(self.tokenizer(text[:MAX_CHARACTERS], max_length=self.max_tokens, truncation=True).input_ids)
 
     def _piece_by_piece(self, parts: list[str]) -> list[int]:
