@@ -193,13 +193,16 @@ def _check_ranks(lanes: int, world_size: int) -> None:
 
 @dataclass
 class _Share:
-    """One worker's part of a batch: rows as in `Batch`, but images of all rows in one row [images, 3, H, W]."""
+    """One worker's part of a batch: rows as in `Batch`, but images of all rows in one row [images, 3, H, W].
+
+    Only they are a tensor: each one comes through a connection of its own to the worker, in memory that is shared.
+    """
 
     images: Tensor
     image_counts: list[int]
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    labels: np.ndarray
     keys: list[str]
     cursors: dict[int, Cursor]
     counts: Counts
@@ -235,9 +238,9 @@ class _Collator:
         return _Share(
             images=torch.from_numpy(np.stack([image for sample in samples for image in sample.images])),
             image_counts=[len(sample.images) for sample in samples],
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
+            input_ids=input_ids.numpy(),
+            attention_mask=attention_mask.numpy(),
+            labels=labels.numpy(),
             keys=[sample.key for sample in samples],
             cursors=cursors,
             counts=counts,
@@ -518,11 +521,12 @@ class Loader:
             target[place, count:] = 0
         return joined
 
-    def _join_text(self, parts: list[Tensor], rows: list[tuple[int, int]], fill: int) -> Tensor:
+    def _join_text(self, parts: list[np.ndarray], rows: list[tuple[int, int]], fill: int) -> Tensor:
         longest = max(part.shape[1] for part in parts)
         joined = torch.full((len(rows), longest), fill, pin_memory=self._pin)
+        target = joined.numpy()
         for place, (worker, row) in enumerate(rows):
-            joined[place, : parts[worker].shape[1]] = parts[worker][row]
+            target[place, : parts[worker].shape[1]] = parts[worker][row]
         return joined
 
 
