@@ -61,6 +61,12 @@ def test_any_size(size: tuple[int, int], kind: str) -> None:
     assert difference(encoded(Image.fromarray(pixels(*size, kind)))) <= 1
 
 
+def test_hardly_a_value_differs() -> None:
+    for size in [(512, 384), (448, 448), (450, 900), (100, 80)]:  # 448: the weights are such that many a value ends in .5
+        data = encoded(Image.fromarray(pixels(*size)))
+        assert (ImagePreparer(image_processor())(data) != reference(data)).mean() < 2e-4, size
+
+
 def test_many_sizes_of_noise() -> None:
     rng = np.random.default_rng(0)
     for seed in range(60):
@@ -138,10 +144,12 @@ def test_size_is_known_without_decoding() -> None:
     assert not ImagePreparer(image_processor(), max_pixels=6300).too_large(small)
 
 
-def test_flip_mirrors() -> None:
-    data = encoded(Image.fromarray(pixels(90, 70)))
-    prepare = ImagePreparer(image_processor())
-    assert np.array_equal(prepare(data, flip=True), prepare(data)[:, :, ::-1])
+@pytest.mark.parametrize("fast", [False, True])
+def test_flip_mirrors(fast: bool) -> None:
+    prepare = ImagePreparer(image_processor(), fast_resize=fast)
+    for size in [(90, 70), (301, 250), (250, 301)]:
+        data = encoded(Image.fromarray(pixels(*size)))
+        assert np.array_equal(prepare(data, flip=True), prepare(data)[:, :, ::-1])
 
 
 def test_normalised_bytes_are_what_the_image_processor_gives() -> None:
