@@ -134,6 +134,9 @@ class Ours:
             for kind, weight in (("laion", 0.2), ("mmc4", 1.0))
         ]
         self.tokenizer, self.image_processor = tokenizer, image_processor
+        self._savers: dict[bool, Any] = {False: checkpoints.FileSaver(only_newest=False)}
+        if args.group:
+            self._savers[True] = ShardedSaver(only_newest=False)
 
     # ---------------------------------------------------------------- what is asked
 
@@ -238,23 +241,17 @@ class Ours:
         """Seconds that the loop stands still for a checkpoint, seconds until it is on disk, and its bytes."""
         shutil.rmtree(self.folder, ignore_errors=True)
         plan = Plan({}, 10**6, 1)
-        saver = ShardedSaver(only_newest=False) if sharded else None
+        saver = self._savers[sharded]
         path = checkpoints.epoch_end_path(self.folder, 0, sharded)
         self._wait()
         start = time.perf_counter()
         state = snapshot(
-            self.args, self.world, plan, 16, 1, self.model, self.optimizer, self.scheduler, self.sources, self.scaler,
-            with_tensors=not sharded,
+            self.args, self.world, plan, 16, 1, self.model, self.optimizer, self.scheduler, self.sources, self.scaler
         )  # fmt: skip
-        assert state is not None
-        if saver is None:
-            checkpoints.save(state, path)
-        else:
-            saver.save(self.model, self.optimizer, state, path)
+        saver.save(self.model, self.optimizer, state, path)
         self._wait()
         standstill = time.perf_counter() - start
-        if saver is not None:
-            saver.finish()
+        saver.finish()
         done = time.perf_counter() - start
         files = path.rglob("*") if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files)

@@ -1,9 +1,10 @@
-"""Under torchrun: two updates in each of `RUNS`. Each rank prints a digest of its weights and the sum of the losses, as a
-line of json. In fp16, rank 1's first loss overflows."""
+"""Under torchrun: two updates in each of `RUNS`. Each rank writes a digest of its weights and the sum of the losses, as lines of
+json, into a file of its own in the folder that is the first argument. In fp16, rank 1's first loss overflows."""
 
 import hashlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,10 +42,11 @@ SHARDINGS = {"ddp": None, "full": Sharding(2), "hybrid": Sharding(1)}
 
 
 def main() -> None:
-    args = parse_args(sys.argv[1:])
+    args = parse_args(sys.argv[2:])
     with distributed(find_place(), args.dist_url, args.dist_backend) as world:
-        for run in RUNS:
-            train(args, world, *run)
+        with (Path(sys.argv[1]) / f"{world.rank}.jsonl").open("w") as file:
+            for run in RUNS:
+                file.write(f"{json.dumps(train(args, world, *run))}\n")
 
 
 def compile_quickly(module: nn.Module, **options: Any) -> None:
@@ -55,7 +57,7 @@ def compile_quickly(module: nn.Module, **options: Any) -> None:
 compile_module = nn.Module.compile
 
 
-def train(args, world: World, precision: str, way: str, compiled: bool) -> None:
+def train(args, world: World, precision: str, way: str, compiled: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model, image_processor, tokenizer = create_model_and_transforms(
         args.vision_encoder_path,
@@ -90,8 +92,7 @@ def train(args, world: World, precision: str, way: str, compiled: bool) -> None:
     line = {"run": [precision, way, compiled], "rank": world.rank, "weights": before, "loss": loss}
     if scaler is not None:
         line["scaling"] = scaler.state_dict()
-    sys.stdout.write(f"{json.dumps(line)}\n")  # in one piece, as the other rank writes too
-    sys.stdout.flush()
+    return line
 
 
 def digest(model: nn.Module) -> str:

@@ -62,7 +62,12 @@ def test_any_size(size: tuple[int, int], kind: str) -> None:
 
 
 def test_hardly_a_value_differs() -> None:
-    for size in [(512, 384), (448, 448), (450, 900), (100, 80)]:  # 448: the weights are such that many a value ends in .5
+    for size in [
+        (512, 384),
+        (448, 448),
+        (450, 900),
+        (100, 80),
+    ]:  # 448: the weights are such that many a value ends in .5
         data = encoded(Image.fromarray(pixels(*size)))
         assert (ImagePreparer(image_processor())(data) != reference(data)).mean() < 2e-4, size
 

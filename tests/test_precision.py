@@ -159,10 +159,10 @@ def test_the_scaled_step_is_the_plain_one() -> None:
     assert torch.allclose(overflowed[2] * 1.9, once[2])
 
 
-def test_two_ranks_skip_and_compile_together(flags_of_module: list[str]) -> None:
+def test_two_ranks_skip_and_compile_together(flags_of_module: list[str], tmp_path: Path) -> None:
     """DDP, FSDP and hybrid: an overflow on one rank alone is skipped by both; compiled, checkpointed blocks change nothing."""
-    output = finished(torchrun(2, ROOT / "tests" / "precision_ranks.py", *flags_of_module))
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    finished(torchrun(2, ROOT / "tests" / "precision_ranks.py", str(tmp_path), *flags_of_module))
+    lines = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len(lines) == 2 * len(RUNS)
     said = {(tuple(line["run"]), line["rank"]): line for line in lines}
     for (run, _), line in said.items():

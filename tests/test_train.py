@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from open_flamingo.train import checkpoint
+from open_flamingo.train.health import Health, Signals
 from open_flamingo.train.train import main
 from tests.tiny import assert_same
 
@@ -107,6 +110,90 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(
     assert "nothing left to do" in said(caplog)
     main([*flags, f"--run_name={stopped}", "--num_epochs=3"])
     assert load(stopped / "checkpoint_2.pt")["step"] == 12
+
+
+def test_a_checkpoint_is_written_while_the_training_goes_on(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*flags, "--num_epochs=1", "--save_steps=2"]
+    main([*flags, f"--run_name={tmp_path / 'undisturbed'}"])
+    further_on = threading.Event()
+    save, begin = checkpoint.save, Health.begin
+
+    def slow_save(state: dict[str, Any], path: Path) -> None:
+        assert further_on.wait(60), "the training waits for the checkpoint"
+        save(state, path)
+
+    def begin_and_tell(health: Health, update: int) -> None:
+        begin(health, update)
+        if update == 4:
+            further_on.set()
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(Health, "begin", begin_and_tell)
+    main([*flags, f"--run_name={tmp_path / 'run'}"])
+    for name in ("epoch_0_step_2.pt", "checkpoint_0.pt"):
+        ours, theirs = (load(tmp_path / run / name) for run in ("run", "undisturbed"))
+        for part in ("model_state_dict", "optimizer_state_dict"):
+            assert_same(ours[part], theirs[part])
+
+
+def test_a_checkpoint_that_is_being_written_when_the_run_fails_is_finished(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+    save, begin = checkpoint.save, Health.begin
+
+    def slow_save(state: dict[str, Any], path: Path) -> None:
+        assert failed.wait(60)
+        save(state, path)
+
+    def fail_at_three(health: Health, update: int) -> None:
+        begin(health, update)
+        if update == 3:
+            failed.set()
+            raise RuntimeError("a fault")
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(Health, "begin", fail_at_three)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main([*flags, f"--run_name={tmp_path}", "--save_steps=2"])
+    assert load(tmp_path / "epoch_0_step_2.pt")["step"] == 2
+
+
+def test_a_run_that_cannot_save_ends_before_the_next_save(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+    ask_to_stop, begin = Signals.ask_to_stop, Health.begin
+
+    def no_space(state: dict[str, Any], path: Path) -> None:
+        raise OSError(f"{path}: No space left on device")
+
+    def ask_and_tell(signals: Signals) -> None:
+        ask_to_stop(signals)
+        failed.set()
+
+    def begin_after_failure(health: Health, update: int) -> None:
+        begin(health, update)
+        assert update < 3 or failed.wait(60)
+
+    monkeypatch.setattr(checkpoint, "save", no_space)
+    monkeypatch.setattr(Signals, "ask_to_stop", ask_and_tell)
+    monkeypatch.setattr(Health, "begin", begin_after_failure)
+    with pytest.raises(SystemExit) as exit:
+        main(
+            [
+                *flags,
+                f"--run_name={tmp_path}",
+                "--save_steps=2",
+                "--train_num_samples_laion=80",
+                "--train_num_samples_mmc4=40",
+            ]
+        )
+    assert exit.value.code == 1
+    assert "epoch_0_step_2.pt: No space left on device. The ones before it are whole" in said(caplog)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_taken(

@@ -335,8 +335,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint_format",
         choices=["file", "sharded"],
         default="file",
-        help="file: one file, written by rank 0, as the reference. sharded: a folder that every rank writes its part of "
-        "while training goes on; `python -m open_flamingo.train.sharded` makes one file of it",
+        help="file: one file, written by rank 0, as the reference. sharded: a folder that every rank writes its part of; "
+        "`python -m open_flamingo.train.sharded` makes one file of it. Either is written while training goes on",
     )
 
     run.add_argument(

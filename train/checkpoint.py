@@ -20,13 +20,17 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from open_flamingo import Flamingo
 from open_flamingo.train.arguments import SHARDED_STATE
+from open_flamingo.weights import trained_tensors, whole
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,117 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             Path(file.name).unlink(missing_ok=True)
             raise
     _sync_folder(path.parent)
+
+
+Keep = Callable[[str, Tensor], Tensor]
+"""Name and tensor → what a checkpoint holds of it."""
+
+
+class FileSaver:
+    """Writes checkpoints of one file in the background, one at a time. Every rank makes one, and makes the same calls.
+
+    Training stands still while rank 0 copies the tensors into memory of the host, which it keeps for the next checkpoint: on a
+    GPU, page-locked memory.
+
+    Args:
+        failed: told at once, on rank 0, that a checkpoint could not be written; `finish` says why.
+        saved: told of each checkpoint that is on disk.
+    """
+
+    def __init__(
+        self,
+        only_newest: bool,
+        failed: Callable[[], None] | None = None,
+        saved: Callable[[Path], None] | None = None,
+    ) -> None:
+        self._only_newest = only_newest
+        self._failed = failed
+        self._saved = saved
+        self._copies: dict[str, Tensor] = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
+
+    def save(self, model: Flamingo, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:
+        """Starts to write; returns once the tensors are copied to host memory. Call `finish` before.
+
+        Args:
+            state: what is not a tensor, on rank 0; None on others.
+        """
+        keep = None if state is None else self._copy
+        tensors = {
+            "model_state_dict": _gather_weights(model, keep),
+            "optimizer_state_dict": _gather_optimizer(optimizer, keep),
+        }
+        if state is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # until the copies are there
+        self._written = self._thread.submit(self._write, state | tensors, path)
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        copy = self._copies.get(name)
+        if copy is None:
+            copy = self._copies[name] = _host_memory(tensor)
+        return copy.copy_(tensor, non_blocking=True)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            save(checkpoint, path)
+            prune(path.parent, path, self._only_newest)
+        except BaseException:
+            if self._failed is not None:
+                self._failed()
+            raise
+        log.info("saved %s", path)
+        if self._saved is not None:
+            self._saved(path)
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint. Raises OSError where it could not be written."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def close(self) -> None:
+        """Waits for what is still being written when the run ends with an error."""
+        try:
+            self.finish()
+        except Exception as error:
+            log.error("a checkpoint could not be written: %s", error)
+
+
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Uninitialised memory for a copy of `tensor`, page-locked where that speeds the copy up."""
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    except RuntimeError:  # the machine does not let us have so much
+        return torch.empty_like(tensor, device="cpu")
+
+
+def _gather_weights(model: Flamingo, keep: Keep | None) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the model; nothing without `keep`. Every rank must call this."""
+    weights: dict[str, Tensor] = {}
+    kept: dict[Tensor, Tensor] = {}  # so that a tied matrix is stored once
+    for name, tensor in trained_tensors(model):
+        if keep is not None:
+            if tensor not in kept:
+                kept[tensor] = keep(f"model/{name}", tensor)
+            weights[name] = kept[tensor]
+    return weights
+
+
+def _gather_optimizer(optimizer: torch.optim.Optimizer, keep: Keep | None) -> dict[str, Any]:
+    """The optimiser's state with whole moments; empty moments without `keep`. Sharded moments are gathered one at a time, so
+    every rank must call this."""
+    state = optimizer.state_dict()
+    moments: dict[int, dict[str, Any]] = {}
+    for index, of in state["state"].items():
+        moments[index] = {}
+        for key, value in of.items():
+            gathered = whole(value)
+            if keep is not None:
+                moments[index][key] = keep(f"optimizer/{index}/{key}", gathered)
+    return {"state": moments, "param_groups": state["param_groups"]}
 
 
 def _umask() -> int:

@@ -59,6 +59,10 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def ask_to_stop(self) -> None:
+        """As a SIGTERM does."""
+        self.received = self.received or signal.SIGTERM.name
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C under torchrun comes twice at once: from the terminal, and from torchrun.
         if number == signal.SIGINT and self.received is not None and time.monotonic() - self._when > 1:

@@ -22,7 +22,7 @@ from open_flamingo.train.distributed import World, gather_objects, on_main
 from open_flamingo.train.optimizer import parameter_names
 from open_flamingo.train.precision import LossScaler
 from open_flamingo.train.step import Source
-from open_flamingo.weights import ROWS, trained_tensors, whole
+from open_flamingo.weights import ROWS
 
 log = logging.getLogger(__name__)
 
@@ -80,18 +80,11 @@ def snapshot(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     sources: list[Source],
     scaler: LossScaler | None = None,
-    with_tensors: bool = True,
 ) -> dict[str, Any] | None:
-    """Everything that the run needs to go on after update `step`, or all but its weights and moments. Every rank takes
-    part; rank 0 gets it, others None."""
+    """Everything that the run needs to go on after update `step`, but its weights and moments. Every rank takes part; rank 0
+    gets it, others None."""
     cursors = gather_objects({source.kind: source.last.cursors for source in sources if source.last is not None})
     random_states = gather_objects(checkpoints.random_state())
-    tensors = {}
-    if with_tensors:
-        tensors = {
-            "model_state_dict": _gather_weights(model, keep=world.is_main),
-            "optimizer_state_dict": _gather_optimizer(optimizer, keep=world.is_main),
-        }
     if not world.is_main:
         return None
     data = {}
@@ -101,7 +94,6 @@ def snapshot(
         data[source.kind] = LoaderState(source.last.samples, lanes_read).to_json()
     return {
         "epoch": step // plan.updates_per_epoch - 1,
-        **tensors,
         "optimizer_parameter_names": parameter_names(model, optimizer),
         "lr_scheduler_state_dict": {"last_epoch": step, "_last_lr": scheduler.get_last_lr()},
         "loss_scaler_state_dict": None if scaler is None else scaler.state_dict(),
@@ -290,30 +282,6 @@ def _like(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     # Every rank has the file, and takes its own part of it: nothing is sent.
     moment = moment.to(parameter.device)
     return distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _gather_weights(model: Flamingo, keep: bool) -> dict[str, torch.Tensor]:
-    """What a checkpoint keeps of the model, on the CPU; nothing where not to `keep` it. Every rank must call this."""
-    weights: dict[str, torch.Tensor] = {}
-    copies: dict[torch.Tensor, torch.Tensor] = {}  # so that a tied matrix is stored once
-    for name, tensor in trained_tensors(model):
-        if keep:
-            weights[name] = copies.setdefault(tensor, tensor.cpu())
-    return weights
-
-
-def _gather_optimizer(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
-    """The optimiser's state with whole moments, on the CPU; empty moments where not to `keep` it. Sharded moments are
-    gathered one at a time, so every rank must call this."""
-    state = optimizer.state_dict()
-    moments: dict[int, dict[str, Any]] = {}
-    for index, of in state["state"].items():
-        moments[index] = {}
-        for key, value in of.items():
-            gathered = whole(value)
-            if keep:
-                moments[index][key] = gathered.cpu()
-    return {"state": moments, "param_groups": state["param_groups"]}
 
 
 def _optimizer_state_of_reference(

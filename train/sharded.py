@@ -17,6 +17,7 @@ import os
 import pickle
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,17 @@ def layout(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 class ShardedSaver:
-    """Writes sharded checkpoints in the background, one at a time. Every rank makes one, and makes the same calls."""
+    """Writes sharded checkpoints in the background, one at a time. Every rank makes one, and makes the same calls.
 
-    def __init__(self, only_newest: bool) -> None:
+    Args:
+        failed: told at once, on rank 0, that a checkpoint could not be written; `finish` says why.
+    """
+
+    def __init__(self, only_newest: bool, failed: Callable[[], None] | None = None) -> None:
         # Of its own, since it is used beside the training's.
         self._group: Any = dist.new_group(backend="gloo")
         self._only_newest = only_newest
+        self._failed = failed
         self._written: Future[Any] | None = None
         self._in_place = threading.Event()
         self._failure: Exception | None = None  # of putting it in place
@@ -116,6 +122,8 @@ class ShardedSaver:
             self._failure = error
         finally:
             self._in_place.set()
+        if self._failed is not None and (done.exception() or self._failure):
+            self._failed()
 
     def finish(self) -> None:
         """Waits for the last checkpoint. Raises OSError where it could not be written."""
@@ -131,6 +139,9 @@ class ShardedSaver:
             failure, self._failure = self._failure, None
             if failure is not None:
                 raise OSError(str(failure)) from failure
+
+    def close(self) -> None:
+        """Nothing: what is still being written when the run ends with an error cannot be finished without the other ranks."""
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,9 +21,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from open_flamingo.train.arguments import parse_args
 
@@ -206,8 +206,17 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     average = partial(synchronise, parallel_model, sample, args.precision)
     if args.compile:
         compile_blocks(model)
-    saver = ShardedSaver(args.delete_previous_checkpoint) if args.checkpoint_format == "sharded" else None
 
+    signals = Signals()
+    is_sharded = args.checkpoint_format == "sharded"
+    # Else a run that cannot save would know it only at the next save.
+    failed = signals.ask_to_stop if args.save_errors == "stop" else None
+    saved = reporter.upload if args.save_checkpoints_to_wandb else None
+    saver: ShardedSaver | checkpoint.FileSaver
+    if is_sharded:
+        saver = ShardedSaver(args.delete_previous_checkpoint, failed)
+    else:
+        saver = checkpoint.FileSaver(args.delete_previous_checkpoint, failed, saved)
     unsaved: str | None = None  # why the last checkpoint could not be written
 
     def write(function: Callable[[], None]) -> None:
@@ -226,35 +235,20 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     def save(step: int) -> None:
         epoch, within_epoch = divmod(step, plan.updates_per_epoch)
         if within_epoch == 0:
-            path = checkpoint.epoch_end_path(folder, epoch - 1, sharded=saver is not None)
+            path = checkpoint.epoch_end_path(folder, epoch - 1, is_sharded)
         else:
-            path = checkpoint.within_epoch_path(folder, epoch, step, sharded=saver is not None)
+            path = checkpoint.within_epoch_path(folder, epoch, step, is_sharded)
         watchdog.at(f"update {step}, saving {path}")
         with refusing("nothing is saved, and training ends"), together():
             check_finite(model, optimizer)
         lanes = next(iter(options.values())).lanes
-        state = snapshot(
-            args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler, with_tensors=saver is None
-        )
-        if saver is not None:
-            write(saver.finish)  # the one before
-            write(partial(saver.save, model, optimizer, state, path))
-        else:
-            write(partial(save_file, state, path))
+        write(saver.finish)  # the one before
+        state = snapshot(args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler)
+        write(partial(saver.save, model, optimizer, state, path))
 
-    def save_file(state: dict[str, Any] | None, path: Path) -> None:
-        if state is None:  # rank 0 has it
-            return
-        checkpoint.save(state, path)
-        checkpoint.prune(folder, path, only_newest=args.delete_previous_checkpoint)
-        log.info("saved %s", path)
-        if args.save_checkpoints_to_wandb:
-            reporter.upload(path)
-
-    signals = Signals()
     health = Health(world, folder, signals, watchdog)
     began = span_began = time.perf_counter()
-    with signals:
+    with signals, closing(saver):
         for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
             health.begin(step)
             gradient_norm = train_update(
@@ -289,9 +283,8 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
                 save(step)
             if ends:
                 break
-
-    if saver is not None:
         write(saver.finish)
+
     reporter.close()
     for source in sources:
         source.loader.close()
