@@ -14,7 +14,10 @@ import torch
 
 from open_flamingo.train import checkpoint
 from open_flamingo.train.health import Health, Signals
+from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.train import main
+from open_flamingo.weights import embedding_name, head_name
+from tests.sharding_program import small_flamingo
 from tests.tiny import assert_same
 
 
@@ -194,6 +197,17 @@ def test_a_run_that_cannot_save_ends_before_the_next_save(
     assert exit.value.code == 1
     assert "epoch_0_step_2.pt: No space left on device. The ones before it are whole" in said(caplog)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = small_flamingo("llama", tied)
+        saver = checkpoint.FileSaver(only_newest=False)
+        saver.save(model, build_optimizer(model, 1e-3, 0.1), {}, tmp_path / "checkpoint_0.pt")
+        saver.finish()
+        weights = load(tmp_path / "checkpoint_0.pt")["model_state_dict"]
+        matrix, head = weights[embedding_name(model)], weights[head_name(model)]
+        assert (matrix.data_ptr() == head.data_ptr()) == tied
 
 
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_taken(

@@ -160,12 +160,14 @@ def _host_memory(tensor: Tensor) -> Tensor:
 def _gather_weights(model: Flamingo, keep: Keep | None) -> dict[str, Tensor]:
     """What a checkpoint keeps of the model; nothing without `keep`. Every rank must call this."""
     weights: dict[str, Tensor] = {}
-    kept: dict[Tensor, Tensor] = {}  # so that a tied matrix is stored once
+    last = copy = None
     for name, tensor in trained_tensors(model):
         if keep is not None:
-            if tensor not in kept:
-                kept[tensor] = keep(f"model/{name}", tensor)
-            weights[name] = kept[tensor]
+            if tensor is not last:  # a tied matrix comes twice, and is stored once
+                copy = keep(f"model/{name}", tensor)
+            assert copy is not None
+            weights[name] = copy
+            last = tensor  # no more: of a sharded model each is whole on the device
     return weights
 
 
