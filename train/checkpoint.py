@@ -3,7 +3,7 @@
     {run_name}/checkpoint_{epoch}.pt              at each epoch's end (epochs count from 0), as the reference
     {run_name}/epoch_{epoch}_step_{update}.pt     every --save_steps updates within an epoch, the newest two
 
-With --checkpoint_format sharded, folders of the same names without `.pt`: see sharded.py.
+`FileSaver` writes them while training goes on. With --checkpoint_format sharded, folders of the same names without `.pt`: see sharded.py.
 
 A checkpoint is a dict. The reference's keys: `epoch` (the last finished one, -1 if none), `model_state_dict` (trained
 parameters under the reference's names), `optimizer_state_dict`, `lr_scheduler_state_dict`. Ours: `step` (updates done),
