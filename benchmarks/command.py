@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", parents=[common], help="the loaders alone: samples a second")
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to measure")
     data.add_argument("--rounds", type=int, default=3, help="turns of each program")
-    data.add_argument("--seconds", type=float, default=3, help="of each measurement")
+    data.add_argument("--seconds", type=float, default=2, help="of each measurement")
     data.set_defaults(run=run_data)
 
     begin = commands.add_parser("start", parents=[common], help="seconds to --help, and to the first update")
