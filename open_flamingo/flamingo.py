@@ -26,7 +26,7 @@ from .language_model import (
     output_head,
     run,
 )
-from .loss import full_loss, has_base_model, labelled_loss, labelled_positions
+from .loss import LabelledPositions, full_loss, has_base_model, labelled_loss, labelled_positions
 from .resampler import PerceiverResampler
 from .vision import patch_tokens, prepare_for_tokens
 from .weights import load_into
@@ -131,7 +131,7 @@ class Flamingo(nn.Module):
         vision_x: Tensor | None,
         lang_x: Tensor,
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
+        labels: Tensor | LabelledPositions | None = None,
         clear_conditioned_layers: bool = True,
         past_key_values: Any = None,
         use_cache: bool = False,
@@ -148,8 +148,9 @@ class Flamingo(nn.Module):
             attention_mask: [B, T], 0 where a token is padding. Padding on the right needs none: in a causal model no
                 real token sees it. (Without one, attention runs its faster causal kernels.)
             labels: long[B, T], -100 where a token does not count. With labels, `logits` is None: only the logits
-                of positions whose next token has a label are made, a piece at a time. They may lie on the CPU: then
-                picking the positions does not wait for the GPU.
+                of positions whose next token has a label are made, a piece at a time. Picking these positions waits for
+                the GPU if the labels are there (where FSDP puts all tensors that it is given): `labelled_positions` of
+                labels on the CPU, given instead of them, does not.
             clear_conditioned_layers: accepted for the reference's callers. Nothing needs clearing here.
             past_key_values: a cache of earlier tokens, as Hugging Face models take it. The images are those of
                 `lang_x` nevertheless, or those of `cache_media`.
@@ -164,7 +165,7 @@ class Flamingo(nn.Module):
             ValueError: a row has more `<image>` tokens than image slots, or `vision_x` is not of six dimensions.
         """
         # What waits for the GPU comes first, while little is queued there.
-        labelled = None if labels is None else labelled_positions(labels, lang_x.device)
+        labelled = labelled_positions(labels, lang_x.device) if isinstance(labels, Tensor) else labels
         conditioning = self._condition(vision_x, lang_x, image_counts, start=cache_length(past_key_values))
         inputs: dict[str, Any] = {"input_ids": lang_x, "attention_mask": attention_mask}
         if attention_mask is not None and self._takes_position_ids:

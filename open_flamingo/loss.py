@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,26 @@ MAX_LOGITS_ON_GPU = 2**25
 """More there, where few rows would leave the matrix units idle."""
 
 
-def labelled_positions(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+class LabelledPositions(NamedTuple):
     """Which hidden states predict a token that counts, and that token.
 
+    positions: long[P], indices into the hidden states without each row's last, flattened: [B·(T - 1)].
+    targets: long[P], what follows each: label t is predicted from hidden state t - 1.
+    """
+
+    positions: Tensor
+    targets: Tensor
+
+
+def labelled_positions(labels: Tensor, device: torch.device) -> LabelledPositions:
+    """
     Args:
         labels: long[B, T], `IGNORED` where a token does not count. On a GPU this waits for it, on the CPU it does not.
         device: where the result goes.
-
-    Returns:
-        positions: long[P], indices into the hidden states without each row's last, flattened: [B·(T - 1)].
-        targets: long[P], what follows each: label t is predicted from hidden state t - 1.
     """
     targets = labels[:, 1:].flatten()
     positions = (targets != IGNORED).nonzero().squeeze(-1)
-    return positions.to(device, non_blocking=True), targets[positions].to(device, non_blocking=True)
+    return LabelledPositions(positions.to(device, non_blocking=True), targets[positions].to(device, non_blocking=True))
 
 
 def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import parse_args
@@ -16,10 +18,11 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.distributed import World
 from open_flamingo.train.optimizer import build_optimizer, build_scheduler
-from open_flamingo.train.precision import build_loss_scaler, hold_weights
+from open_flamingo.train.precision import hold_weights
 from open_flamingo.train.step import Source, loss_of, train_update
 from open_flamingo.train.train import data_options
 from open_flamingo.vision import patch_tokens
+from tests.tiny import ROOT
 
 
 @pytest.fixture
@@ -62,32 +65,28 @@ def test_an_update_is_the_weighted_mean_over_the_batches_clipped_once(parts: Sim
         torch.testing.assert_close(momentum, 0.1 * gradient / norm, rtol=1e-3, atol=1e-7)
 
 
-class CountedWaiting(TorchDispatchMode):
-    """Counts what would make the program wait for a GPU: reading one of its numbers, or sizing a tensor by them.
-
-    Tensors of whole numbers on the CPU may be read: the batch itself comes from there.
-    """
-
-    reads = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
-            self.reads += 1
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "fp16", "bf16"])
-def test_an_update_waits_for_the_device_once_a_forward_pass(parts: SimpleNamespace, precision: str) -> None:
-    """Where the ranks agree on whether the loss is finite, and nowhere else."""
-    sources = parts.sources()
-    hold_weights(parts.model, precision)
-    scaler = build_loss_scaler(precision, torch.device("cpu"))
-    with CountedWaiting() as waiting:
-        norm = train_update(parts.model, parts.optimizer, parts.scheduler, sources, 2, precision, scaler)
-        assert waiting.reads <= 2 * len(sources)
-        before = waiting.reads
-        norm.item()
-        assert waiting.reads == before + 1  # else it counts nothing
+@pytest.mark.parametrize(
+    "how", [("--precision=amp_bf16", "--gradient_checkpointing"), ("--precision=fp16",), ("--precision=bf16", "--fsdp")]
+)
+def test_on_a_device_of_its_own_nothing_is_elsewhere_and_little_waits(
+    flags: list[str], how: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As on a GPU: operations find all their tensors on the device, and updates wait for it once a forward pass, where the ranks
+    agree on whether the loss is finite. The rest of what waits is the log and the checkpoint."""
+    command = [sys.executable, "tests/pretended_gpu.py", *flags, *how, "--logging_steps=2", f"--run_name={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for words in ("1 x pretended", "resuming from", "finished: 2 epochs"):
+        assert words in result.stderr
+    waits = [json.loads(line.removeprefix("waited: ")) for line in result.stdout.splitlines() if "waited: " in line]
+    assert len(waits) == 2  # an epoch each: four updates on two datasets, two lines in the log, a checkpoint
+    for of_epoch in waits:
+        assert of_epoch.pop("health.py:agree") == 4 * 2
+        assert of_epoch.pop("health.py:check_finite") == 1
+        assert of_epoch.pop("health.py:settle") == 1
+        assert of_epoch.pop("report.py:measure") == 2 * 2
+        assert of_epoch.pop("precision.py:state_dict", 0) == (3 * (2 + 1) if "--precision=fp16" in how else 0)
+        assert not of_epoch
 
 
 def test_amp_holds_frozen_matrices_in_bfloat16_and_computes_the_same(

@@ -211,7 +211,8 @@ def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             for key, moment in optimizer.state.get(parameter, {}).items():
                 tensors[f"{key} of {name}"] = moment
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
-    finite = torch.stack([tensor.isfinite().all().cpu() for tensor in local]).tolist()
+    device = local[0].device
+    finite = torch.stack([tensor.isfinite().all().to(device) for tensor in local]).tolist()  # waits for it once
     if wrong := [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]:
         raise ValueError(
             f"{len(wrong)} tensors of the model or its optimiser hold numbers that are not finite, the first {wrong[0]}. The "

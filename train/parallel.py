@@ -70,8 +70,6 @@ def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None)
         place(model, model, world)
         if world.world_size == 1:
             return model
-        # No device_ids: given them, DDP would move the labels to the GPU, where picking the positions that count waits
-        # for it.
         # Measured by benchmarks/buckets.py, two ranks over gloo, 144 MB of gradients: an update takes 2.30 to 2.48 s with buckets
         # from 1 MB to a single one, less apart than rounds of the same are. So they stay at torch's 25 MB: small enough that
         # most are on their way before the backward pass ends, large enough to fill a link.

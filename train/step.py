@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from open_flamingo.loss import labelled_positions
 from open_flamingo.train.data.loader import Batch, Loader
 from open_flamingo.train.health import Health
 from open_flamingo.train.optimizer import clipped_step
@@ -87,7 +88,7 @@ def loss_of(model: nn.Module, batch: Batch, source: Source, precision: str) -> t
             lang_x=batch.input_ids.to(device, non_blocking=True),
             # No attention mask: padding is on the right, where causal attention never looks, and the kernels for causal
             # attention without a mask are the fast ones.
-            labels=batch.labels,  # stays here: what counts is picked without waiting for the device
+            labels=labelled_positions(batch.labels, device),  # picked here, without waiting for the device
             image_counts=batch.image_counts,
         ).loss
 
