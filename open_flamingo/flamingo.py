@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .language_model import (
     ConditionedLayer,
     Conditioning,
+    a_text_a_row,
     add_gated_cross_attention,
     add_new_token_rows,
     cache_length,
@@ -183,7 +184,8 @@ class Flamingo(nn.Module):
                 return CausalLMOutputWithPast(loss=full_loss(logits, *labelled))
             base_model: Any = self.lang_encoder.base_model
             conditioning.select(lang_x.shape[0], conditioning.start, lang_x.shape[1], past_key_values is not None)
-            hidden_states = base_model(**inputs, use_cache=False)[0]
+            with a_text_a_row():
+                hidden_states = base_model(**inputs, use_cache=False)[0]
             return CausalLMOutputWithPast(loss=labelled_loss(self.lang_encoder, hidden_states, *labelled))
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
 
 from .cross_attention import GatedCrossAttentionBlock, MediaMask, media_mask
 
@@ -85,6 +86,25 @@ def cache_length(past_key_values: Any) -> int:
     if hasattr(past_key_values, "get_seq_length"):
         return int(past_key_values.get_seq_length())
     return past_key_values[0][0].shape[-2]
+
+
+_FIND_PACKED = getattr(masking_utils, "find_packed_sequence_indices", None)
+
+
+@contextmanager
+def a_text_a_row() -> Iterator[None]:
+    """Within this `with`, Hugging Face models do not look at the numbers of their position ids for rows of several texts.
+
+    They would wait for the GPU there, in the middle of each forward pass. Where they count the positions themselves, such rows
+    cannot be.
+    """
+    if _FIND_PACKED is not None:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        if _FIND_PACKED is not None:
+            masking_utils.find_packed_sequence_indices = _FIND_PACKED
 
 
 def _select_images(lang_encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

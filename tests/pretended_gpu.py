@@ -1,5 +1,5 @@
-"""A device that there is not: `python tests/pretended_gpu.py FLAG ...` trains on it, one epoch and then, resumed, a second, and
-prints what waited for it.
+"""A device that there is not. `python tests/pretended_gpu.py FLAG ...` trains on it, one epoch and then, resumed, a second, and
+prints what waited for it; without flags, what waits in a forward and backward pass of each family of language models.
 
 Its tensors say that they are on a device of their own, and keep their values on the CPU, where all is computed. What a GPU would
 refuse is refused: an operation on tensors of both devices. What would make a program wait for a GPU is counted: reading a
@@ -187,18 +187,43 @@ def register() -> list[torch.library.Library]:
     return [for_all, for_aten]
 
 
-def main() -> None:
+def train_twice(flags: list[str]) -> None:
     from open_flamingo.train import distributed
     from open_flamingo.train.train import main as train
 
-    libraries = register()
     distributed._device = lambda place, set_device: torch.device(NAME, 0)
     for epochs in (1, 2):
-        train([*sys.argv[1:], f"--num_epochs={epochs}"])
+        train([*flags, f"--num_epochs={epochs}"])
         print("waited:", json.dumps(waits))
         waits.clear()
+
+
+def pass_through_families() -> None:
+    from open_flamingo.loss import labelled_positions
+    from tests import families
+
+    device = torch.device(NAME, 0)
+    for family in families.FAMILIES:
+        model = families.flamingo(families.language_model(family, tied=True)).to(device)
+        model.lang_encoder.config.pad_token_id = None  # else GPT-2 looks for it, to warn
+        token_ids = families.text()[0]
+        counts = (token_ids == families.IMAGE).sum(1).tolist()
+        pictures = families.images(len(token_ids), max(counts)).to(device)
+        waits.clear()
+        labels = labelled_positions(token_ids, device)
+        model(pictures, token_ids.to(device), labels=labels, image_counts=counts).loss.backward()
+        print(f"{family} waited:", json.dumps(waits))
+
+
+def main() -> None:
+    libraries = register()
+    if sys.argv[1:]:
+        train_twice(sys.argv[1:])
+    else:
+        pass_through_families()
     del libraries
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     main()
