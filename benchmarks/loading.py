@@ -18,7 +18,6 @@ from benchmarks.shards import Size
 SIZES = (Size(512, 384), Size(1600, 1200))
 SAMPLES = {"laion": 1024, "mmc4": 192}  # in all shards together
 BATCH_SIZE = {"laion": 16, "mmc4": 4}
-FAST = "ours, --fast_resize"
 
 
 @dataclass
@@ -54,7 +53,6 @@ def measure(workers: tuple[int, ...], rounds: int, seconds: float, only_ours: bo
     results: list[Loading] = []
     with ExitStack() as stack:
         children = {name: stack.enter_context(Child(name, str(folder), "--loaders")) for name in programs}
-        children[FAST] = children["ours"]
         for kind in ("laion", "mmc4"):
             for size in SIZES:
                 write = shards.write_laion if kind == "laion" else shards.write_mmc4
@@ -63,10 +61,8 @@ def measure(workers: tuple[int, ...], rounds: int, seconds: float, only_ours: bo
                     cells = {name: Loading(name, kind, size, number) for name in children}
                     for _ in range(rounds):
                         for name, child in children.items():
-                            options = {"fast_resize": True} if name == FAST else {}
                             answer = child.ask(
-                                "rate", kind=kind, shards=pattern, batch_size=BATCH_SIZE[kind], workers=number, seconds=seconds,
-                                **options,
+                                "rate", kind=kind, shards=pattern, batch_size=BATCH_SIZE[kind], workers=number, seconds=seconds
                             )  # fmt: skip
                             cells[name].rates.append(answer["samples_per_second"])
                             cells[name].images, cells[name].tokens = answer["images"], answer["tokens"]

@@ -271,13 +271,11 @@ class OurLoaders:
     def functions(self) -> list[Callable[..., Any]]:
         return [self.rate]
 
-    def rate(
-        self, kind: str, shards: str, batch_size: int, workers: int, seconds: float, fast_resize: bool = False
-    ) -> dict[str, float]:
+    def rate(self, kind: str, shards: str, batch_size: int, workers: int, seconds: float) -> dict[str, float]:
         """Samples a second, and images and tokens of a sample."""
         options = DataOptions(
             kind, shards, batch_size, workers, resampled=True, mmc4_textsim_threshold=THRESHOLD,
-            lanes=resolve_lanes(None, 1, workers), fast_resize=fast_resize,
+            lanes=resolve_lanes(None, 1, workers),
         )  # fmt: skip
 
         with build_loader(options, self.tokenizer, self.image_processor) as loader:

@@ -251,12 +251,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="larger images are dropped and counted, never decoded",
     )
     data.add_argument(
-        "--fast_resize",
-        action="store_true",
-        help="resize images with less exact weights: a fifth to two fifths more samples a second from a worker. "
-        "4 values in 1000 are 1/255 off, and one in a million (in scanned text, ten) is 2/255 off",
-    )
-    data.add_argument(
         "--data_lanes",
         type=positive_int,
         help="deterministic streams of shards that the samples are dealt from; ranks x workers must divide it. "

@@ -340,7 +340,6 @@ def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None
             lanes=lanes,
             resampled=args.dataset_resampled,
             max_image_pixels=args.max_image_pixels,
-            fast_resize=args.fast_resize,
             mmc4_textsim_threshold=args.mmc4_textsim_threshold,
             mmc4_max_num_images=args.mmc4_max_num_images,
             mmc4_min_num_images=args.mmc4_min_num_images,

@@ -1,26 +1,27 @@
 """Bytes of a picture → the pixels that the vision encoder sees.
 
 The reference decodes with Pillow, resizes the shorter side (bicubic, antialiased), crops the centre and normalises. Here JPEG
-is decoded by libjpeg-turbo without Pillow around it, resizing is two weighted sums that make no more than the crop keeps, and
-normalising is left to the training step, on the device. Pixels are within 1/255 of the reference's.
+is decoded by libjpeg-turbo without Pillow around it, resizing makes no more than the crop keeps, and normalising is left to the
+training step, on the device. Pixels are within 1/255 of the reference's.
 
-torch's 8-bit resize (`--fast_resize`) takes a half to a third of the time of these sums, which take half of Pillow's. But its
-weights have 16 bits: of a million values, one (in pictures of text, ten) is 2/255 off. So it has to be asked for.
+Resizing is done by a few lines of C (`resize.c`), in a fourth of Pillow's time and with its very pixels. Where they were not
+compiled, or the processor has no AVX2, Pillow does it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
+import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
@@ -32,8 +33,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of broken pictures: errors are counted
 
 JPEG = b"\xff\xd8\xff"
-# How many times as wide as its crop `--fast_resize` makes a picture in full: a line of 1,000,000 × 1 pixels would be 900 MB.
-MAX_STRETCH = 16
 # A decompression bomb for Pillow, and for us where a JPEG does not pass through Pillow.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 # What is found on the web. Pillow knows fifty more, and runs Ghostscript on a picture that says it is EPS.
@@ -118,19 +117,16 @@ class ImagePreparer:
 
     Args:
         max_pixels: pictures of more are `too_large`; None for no limit but `MAX_PIXELS`, which is Pillow's own.
-        fast_resize: resize by torch, hardly less exactly.
     """
 
     def __init__(
         self,
-        image_processor: Callable[[Image.Image], torch.Tensor],
+        image_processor: Callable[[Image.Image], Tensor],
         max_pixels: int | None = None,
-        fast_resize: bool = False,
     ) -> None:
         self.spec = image_spec(image_processor)
         self.max_pixels = MAX_PIXELS if max_pixels is None else min(max_pixels, MAX_PIXELS)
         self._image_processor = image_processor if self.spec is None else None
-        self._fast_resize = fast_resize
 
     def too_large(self, data: bytes) -> bool:
         """Whether the header says more than `max_pixels`, or more than Pillow ever opens (a decompression bomb)."""
@@ -159,9 +155,7 @@ class ImagePreparer:
                 decoded = _decode_jpeg(data)
                 if decoded is None:
                     decoded = np.array(_decode_with_pillow(data).convert("RGBX"))
-                chosen = (_resize_and_crop_by_torch if self._fast_resize else _resize_and_crop)(
-                    decoded, self.spec, flip
-                )
+                chosen = _resize_and_crop(decoded, self.spec, flip)
         except Exception as error:  # a broken picture can raise anything
             raise SampleError("corrupt_image", str(error)) from error
         return np.ascontiguousarray(chosen)
@@ -208,44 +202,104 @@ def _resize_and_crop(pixels: np.ndarray, spec: ImageSpec, flip: bool) -> np.ndar
     Along rows first, then along columns: the order of every Pillow before 13, which takes the other one for tall pictures.
     Between the two, values are rounded and clipped, so the order is seen at sharp edges.
     """
-    resized = _resized(spec.resize, *pixels.shape[:2])
+    library, resized = _library(), _resized(spec.resize, *pixels.shape[:2])
+    top, left = (round((new - crop) / 2.0) for new, crop in zip(resized, spec.crop))
+    if library is None and max(new / crop for new, crop in zip(resized, spec.crop)) <= MAX_STRETCH:
+        return _resize_by_pillow(pixels, spec, resized, top, left)[:, :, :: -1 if flip else 1]
     resampling = _resampling if max(pixels.shape) <= MAX_CACHED else _resampling.__wrapped__
     down, across = (
-        resampling(size, new_size, round((new_size - crop) / 2.0), crop, spec.interpolation, mirrored)
-        for size, new_size, crop, mirrored in zip(pixels.shape, resized, spec.crop, (False, flip))
+        resampling(*sizes, spec.interpolation, mirrored)
+        for *sizes, mirrored in zip(pixels.shape, resized, (top, left), spec.crop, (False, flip))
     )
-    whole = torch.from_numpy(pixels).view(torch.int32).squeeze(2)  # [height, width], a pixel a number
-    source = whole[down.start : down.stop, across.start : across.stop]  # all that the crop depends on
-    strips = []
-    for strip in source.split(STRIP):
-        columns = torch.empty(strip.T.shape, dtype=torch.int32).copy_(strip.contiguous().T)
-        narrow = across(columns.view(torch.uint8).float())  # [W, height of the strip * 4]
-        narrow.add_(0.5).floor_().clamp_(0, 255)  # rounded and clipped as Pillow does
-        strips.append(narrow.view(torch.complex128).T)  # a pixel, of four floats, is moved as one
-    rows = torch.cat(strips).view(torch.float32)  # [height, W * 4]
-    result = down(rows).add_(0.5).clamp_(0, 255)  # of which the fraction is cut off
-    planes = result.view(*spec.crop, 4)[..., :3].permute(2, 0, 1)
-    return planes.to(torch.uint8, memory_format=torch.contiguous_format).numpy()
+    source = pixels[down.start : down.stop, across.start : across.stop]  # all that the crop depends on
+    if library is None or across.of_bytes is None:
+        return down.sums(across.sums(source, 1), 0).transpose(2, 0, 1)[:3]
+    return _resize_by_c(library, source, down, *across.of_bytes)
 
 
-class _Resampling(NamedTuple):
+def _resize_by_pillow(pixels: np.ndarray, spec: ImageSpec, resized: tuple[int, int], top: int, left: int) -> np.ndarray:
+    method = Image.Resampling[spec.interpolation.name]
+    height, width = spec.crop
+    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
+    narrow = image.resize((resized[1], image.height), method).crop((left, 0, left + width, image.height))
+    whole = narrow.resize((width, resized[0]), method)
+    return np.asarray(whole)[top : top + height].transpose(2, 0, 1)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """What `resize.c` was compiled to, where it was and can be used."""
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name(f"_resize{sysconfig.get_config_var('EXT_SUFFIX')}")))
+    except OSError:
+        return None
+    arrays: list[Any] = [ctypes.c_void_p, ctypes.c_void_p]
+    numbers: list[Any] = [ctypes.c_int64, ctypes.c_int64]
+    library.of_resize.argtypes = [arrays[0], *numbers, *arrays, *numbers, *arrays, *numbers, *arrays]
+    library.of_resize.restype = None
+    return library if library.of_supported() else None
+
+
+def _resize_by_c(
+    library: ctypes.CDLL, source: np.ndarray, down: _Resampling, first: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """uint8 [down.stop - down.start, across.stop - across.start, 4] → uint8 [3, H, W].
+
+    Args:
+        first, weights: of `across.of_bytes`.
+    """
+    height, width = len(down.first), len(first)
+    padded = -width // 8 * -8
+    between = np.empty((len(source), padded, 4), dtype=np.uint8)
+    result = np.empty((3, height, padded), dtype=np.uint8)
+    library.of_resize(
+        *(source.ctypes.data, source.strides[0], len(source)),
+        *(first.ctypes.data, weights.ctypes.data, width, weights.shape[1] // 4),
+        *(down.first.ctypes.data, down.weights.ctypes.data, height, down.weights.shape[1]),
+        *(between.ctypes.data, result.ctypes.data),
+    )
+    return result[:, :, :width]
+
+
+@dataclass(frozen=True, eq=False)
+class _Resampling:
     """Sums of rows, with weights: each pixel of the result along an axis is one of the few pixels around its place in the source.
 
-    An embedding bag is just that, and torch has a fast one (FBGEMM's).
-
     start, stop: the source's pixels that are needed.
-    places: int32 [count, taps], the rows of each sum, from `start`.
-    weights: float32 [count, taps].
+    first: int32 [count], where each sum begins, from `start`.
+    weights: int32 [count, taps], of 22 bits. No sum reaches beyond `stop`.
     """
 
     start: int
     stop: int
-    places: Tensor
-    weights: Tensor
+    first: np.ndarray
+    weights: np.ndarray
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """float32 [stop - start, *] → [count, *]."""
-        return F.embedding_bag(self.places, rows, per_sample_weights=self.weights, mode="sum")
+    @functools.cached_property
+    def of_bytes(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """`first` and `weights` as resize.c takes them along rows: of a multiple of 4 pixels, and four times, for each byte of a
+        pixel. None where the source has not so many."""
+        padding = -self.weights.shape[1] % 4
+        weights = np.pad(self.weights, ((0, 0), (0, padding)))
+        if weights.shape[1] > self.stop - self.start:
+            return None
+        first, weights = _within(self.first, weights, self.stop - self.start)
+        return first, weights.repeat(4, axis=1)
+
+    def sums(self, source: np.ndarray, axis: int) -> np.ndarray:
+        """uint8 → uint8, with `count` instead of `stop - start` along `axis`: slowly, of any source."""
+        of_axis = (-1, *(source.ndim - 1 - axis) * (1,))
+        total = np.int32(1 << (BITS - 1))
+        for tap, weights in enumerate(self.weights.T):
+            total = total + weights.reshape(of_axis) * np.take(source, self.first + tap, axis)
+        return (total >> BITS).clip(0, 255).astype(np.uint8)
+
+
+def _within(first: np.ndarray, weights: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same sums, of which none reaches beyond `length`: their last weights, which do, are 0, and become the first ones."""
+    beyond = (first + weights.shape[1] - length).clip(min=0)
+    places = (np.arange(weights.shape[1]) - beyond[:, None]) % weights.shape[1]
+    return (first - beyond).astype(np.int32), np.take_along_axis(weights, places, axis=1)
 
 
 @functools.lru_cache(maxsize=512)
@@ -265,16 +319,12 @@ def _resampling(
     places = first[:, None] + np.arange((last - first).max())
     weights = kernel(np.abs(places - centres[:, None] + 0.5) / widening) * (places < last[:, None])
     weights /= weights.sum(1, keepdims=True)
-    weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)) / 2**22
-    places = places.clip(max=last[-1] - 1) - first[0]  # beyond `last` weights are 0
+    weights = np.trunc(weights * 2**BITS + np.copysign(0.5, weights)).astype(np.int32)
+    begin, end = int(first[0]), int(last[-1])
+    first, weights = _within(first - begin, weights, end - begin)
     if mirrored:
-        places, weights = places[::-1], weights[::-1]
-    return _Resampling(
-        int(first[0]),
-        int(last[-1]),
-        torch.from_numpy(places.astype(np.int32)),
-        torch.from_numpy(weights.astype(np.float32)),
-    )
+        first, weights = first[::-1], weights[::-1]
+    return _Resampling(begin, end, np.ascontiguousarray(first), np.ascontiguousarray(weights))
 
 
 def _bicubic(distance: np.ndarray) -> np.ndarray:
@@ -290,19 +340,9 @@ def _bilinear(distance: np.ndarray) -> np.ndarray:
 
 KERNELS = {InterpolationMode.BICUBIC: (_bicubic, 2.0), InterpolationMode.BILINEAR: (_bilinear, 1.0)}
 """Each with how many pixels it reaches."""
-STRIP = 192
-"""Rows of a picture that are made narrower at a time: they stay in a processor's cache."""
+BITS = 22
+"""Of a weight: Pillow's precision."""
+MAX_STRETCH = 16
+"""How many times its crop Pillow makes a picture in full: a line of 1,000,000 × 1 pixels would be 700 MB."""
 MAX_CACHED = 8192
 """The longest side whose weights are kept, 1 KB for 32 pixels: those of a line of 1,000,000 pixels are 30 MB."""
-
-
-def _resize_and_crop_by_torch(pixels: np.ndarray, spec: ImageSpec, flip: bool) -> np.ndarray:
-    """uint8 [height, width, 4] → uint8 [3, H, W], of which 4 values in 1000 are 1/255 away from Pillow's, and hardly any farther."""
-    (height, width), resized = spec.crop, _resized(spec.resize, *pixels.shape[:2])
-    if resized[0] > MAX_STRETCH * height or resized[1] > MAX_STRETCH * width:
-        return _resize_and_crop(pixels, spec, flip)
-    planes = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-    whole = F.interpolate(planes, size=resized, mode=spec.interpolation.value, antialias=True).squeeze(0).numpy()
-    top, left = round((resized[0] - height) / 2.0), round((resized[1] - width) / 2.0)
-    cropped = whole[:3, top : top + height, left : left + width]
-    return cropped[:, :, ::-1] if flip else cropped

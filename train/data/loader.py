@@ -66,7 +66,6 @@ class DataOptions:
         lanes: see `resolve_lanes`; ranks × workers must divide it.
         resampled: draw shards with replacement.
         max_image_pixels: larger pictures are left out; None for no limit.
-        fast_resize: see `ImagePreparer`.
         shuffle_buffer: undecoded samples held for shuffling, in each lane; None for 500 (LAION) or 32 (MMC4). Memory is
             lanes ÷ (ranks × workers) of these in each process.
         prefetch: batches that the workers are ahead.
@@ -82,7 +81,6 @@ class DataOptions:
     lanes: int = MIN_LANES
     resampled: bool = False
     max_image_pixels: int | None = None
-    fast_resize: bool = False
     mmc4_textsim_threshold: float = 30
     mmc4_max_num_images: int = 6
     mmc4_min_num_images: int = 1
@@ -559,7 +557,7 @@ def build_loader(
     urls = expand_shards(options.shards) if isinstance(options.shards, str) else list(options.shards)
     if not urls:
         raise ValueError(f"no {options.kind} shards: {options.shards!r}")
-    prepare_image = ImagePreparer(image_processor, options.max_image_pixels, options.fast_resize)
+    prepare_image = ImagePreparer(image_processor, options.max_image_pixels)
     prepare: LaionPreparer | Mmc4Preparer
     if options.kind == "laion":
         prepare = LaionPreparer(tokenizer, prepare_image)
