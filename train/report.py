@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from open_flamingo.train.data.images import resizes_in_c
 from open_flamingo.train.data.loader import DataOptions
 from open_flamingo.train.distributed import World, gather_objects, sum_over_ranks
 from open_flamingo.train.resume import Plan
@@ -80,6 +81,11 @@ def describe(
             option.batch_size,
             plan.samples_per_update[kind],
             option.workers,
+        )
+    if not resizes_in_c():
+        log.info(
+            "pictures are resized by Pillow, four times as slow as resize.c: it was not compiled (pip install '.[training]' does "
+            "it, with a C compiler), or this processor has no AVX2"
         )
     log.info(
         "%d epochs of %d updates, %d done; %d lanes; output in %s",

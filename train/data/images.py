@@ -226,6 +226,11 @@ def _resize_by_pillow(pixels: np.ndarray, spec: ImageSpec, resized: tuple[int, i
     return np.asarray(whole)[top : top + height].transpose(2, 0, 1)
 
 
+def resizes_in_c() -> bool:
+    """Whether resize.c was compiled, and can be used here."""
+    return _library() is not None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """What `resize.c` was compiled to, where it was and can be used."""
