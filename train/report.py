@@ -84,8 +84,8 @@ def describe(
         )
     if not resizes_in_c():
         log.info(
-            "pictures are resized by Pillow, four times as slow as resize.c: it was not compiled (pip install '.[training]' does "
-            "it, with a C compiler), or this processor has no AVX2"
+            "pictures are resized by Pillow, and loaders half as fast as with resize.c: it was not compiled (`pip install .` or "
+            "`python setup.py build_ext --inplace` do it, with a C compiler), or this processor has no AVX2"
         )
     log.info(
         "%d epochs of %d updates, %d done; %d lanes; output in %s",

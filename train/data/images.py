@@ -220,10 +220,10 @@ def _resize_and_crop(pixels: np.ndarray, spec: ImageSpec, flip: bool) -> np.ndar
 def _resize_by_pillow(pixels: np.ndarray, spec: ImageSpec, resized: tuple[int, int], top: int, left: int) -> np.ndarray:
     method = Image.Resampling[spec.interpolation.name]
     height, width = spec.crop
-    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
+    image = Image.frombuffer("RGBX", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBX", 0, 1)
     narrow = image.resize((resized[1], image.height), method).crop((left, 0, left + width, image.height))
     whole = narrow.resize((width, resized[0]), method)
-    return np.asarray(whole)[top : top + height].transpose(2, 0, 1)
+    return np.asarray(whole)[top : top + height, :, :3].transpose(2, 0, 1)
 
 
 def resizes_in_c() -> bool:
