@@ -22,10 +22,12 @@ from .language_model import heads_are_tied, input_embedding, output_head
 IGNORED = -100
 """The label of a token that does not count."""
 
-MAX_LOGITS = 2**22
-"""Logits alive at once, in elements: 16 MiB in float32, some 80 positions of a vocabulary of 50,000."""
-MAX_LOGITS_ON_GPU = 2**25
+MAX_LOGITS = 2**25
+"""Bytes of logits alive at once: in bfloat16 some 330 positions of a vocabulary of 50,000. Each piece reads the head's matrix anew."""
+MAX_LOGITS_ON_GPU = 2**26
 """More there, where few rows would leave the matrix units idle."""
+MAX_SUMMED = 2**20
+"""Logits that are in float32 at once, on a CPU: they stay in its cache until their gradient is made. A GPU takes a piece whole."""
 
 
 class LabelledPositions(NamedTuple):
@@ -61,13 +63,17 @@ def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Ten
         positions, targets: of `labelled_positions`.
     """
     hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
-    limit = MAX_LOGITS if hidden_states.device.type == "cpu" else MAX_LOGITS_ON_GPU
-    chunk = max(1, limit // len(input_embedding(lang_encoder).weight))
+    device_type, vocabulary = hidden_states.device.type, len(input_embedding(lang_encoder).weight)
+    dtype = _autocast_dtype(device_type) or hidden_states.dtype
+    chunk = (MAX_LOGITS if device_type == "cpu" else MAX_LOGITS_ON_GPU) // dtype.itemsize // vocabulary
+    summed = MAX_SUMMED // vocabulary if device_type == "cpu" else chunk
+    chunk, summed = max(1, chunk), max(1, summed)
     owner = input_embedding(lang_encoder) if heads_are_tied(lang_encoder) else output_head(lang_encoder)
     trained_rows = [] if owner is None else [p for p in owner.parameters() if p.requires_grad]
-    with _head_in_the_type_of_products(lang_encoder, hidden_states.device.type):
+    with _head_in_the_type_of_products(lang_encoder, device_type):
         if torch.is_grad_enabled():
-            total = _SummedLoss.apply(partial(logits_of, lang_encoder), chunk, hidden_states, targets, *trained_rows)
+            logits = partial(logits_of, lang_encoder)
+            total = _SummedLoss.apply(logits, chunk, summed, hidden_states, targets, *trained_rows)
         else:
             total = hidden_states.new_zeros((), dtype=torch.float32)
             for hidden, target in zip(hidden_states.split(chunk), targets.split(chunk)):
@@ -83,26 +89,33 @@ def _head_in_the_type_of_products(lang_encoder: nn.Module, device_type: str) -> 
     """
     parameters = getattr(output_head(lang_encoder), "_parameters", {})
     weight = parameters.get("weight")
-    autocasts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if weight is None or weight.requires_grad or not autocasts:
+    dtype = _autocast_dtype(device_type)
+    if weight is None or weight.requires_grad or dtype is None:
         yield
         return
-    parameters["weight"] = weight.to(torch.get_autocast_dtype(device_type))
+    parameters["weight"] = weight.to(dtype)
     try:
         yield
     finally:
         parameters["weight"] = weight
 
 
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The type that autocast computes products in; None without autocast."""
+    autocasts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocasts else None
+
+
 class _SummedLoss(torch.autograd.Function):
     """The sum of the cross entropies of the logits of pieces of `chunk` rows, and its gradients with respect to `hidden`
-    and `trained`, which the forward pass takes piece by piece."""
+    and `trained`, which the forward pass takes piece by piece. Of a piece, `summed` rows at a time are in float32."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits_of_hidden: Callable[[Tensor], Tensor],
         chunk: int,
+        summed: int,
         hidden: Tensor,
         targets: Tensor,
         *trained: Tensor,
@@ -114,16 +127,9 @@ class _SummedLoss(torch.autograd.Function):
             piece = hidden[place : place + chunk].detach().requires_grad_()
             with torch.enable_grad():
                 logits = logits_of_hidden(piece)
-            target = targets[place : place + chunk, None]
-            # The gradient of -log softmax(logits)[target] is softmax(logits) - onehot(target): made in the memory of the
-            # logits (or of their copy in float32), where autograd would make four more tensors of this size.
-            values = logits.detach().float()
-            values.sub_(values.amax(1, keepdim=True))
-            of_target = values.gather(1, target)
-            sums = values.exp_().sum(1, keepdim=True)
-            total += (sums.log() - of_target).sum()
-            of_logits = values.div_(sums).scatter_add_(1, target, sums.new_full((), -1.0).expand(target.shape))
-            of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], of_logits.to(logits.dtype))
+            total += _loss_and_gradient(logits.detach(), targets[place : place + chunk], summed)
+            of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], logits.detach())
+            del logits  # before the next ones are made
             hidden_gradient[place : place + chunk] = of_piece
             for gradient, part in zip(gradients, of_trained):
                 gradient += part
@@ -135,10 +141,33 @@ class _SummedLoss(torch.autograd.Function):
         return (
             None,
             None,
+            None,
             *_scaled(ctx.saved_tensors[:1], outputs[0]),
             None,
             *_scaled(ctx.saved_tensors[1:], outputs[0]),
         )
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, summed: int) -> Tensor:
+    """The sum of the cross entropies, float32[]. `logits` [P, V] become its gradient with respect to them.
+
+    The gradient of -log softmax(logits)[target] is softmax(logits) - onehot(target). Autograd would make four more tensors of
+    this size.
+
+    Args:
+        summed: rows in float32 at once.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    for rows, target in zip(logits.split(summed), targets[:, None].split(summed)):
+        values = rows.float()  # themselves, if they are
+        values.sub_(values.amax(1, keepdim=True))
+        of_target = values.gather(1, target)
+        sums = values.exp_().sum(1, keepdim=True)
+        total += (sums.log() - of_target).sum()
+        values.div_(sums).scatter_add_(1, target, sums.new_full((), -1.0).expand(target.shape))
+        if values is not rows:
+            rows.copy_(values)
+    return total
 
 
 def _scaled(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
