@@ -22,8 +22,8 @@ from .language_model import heads_are_tied, input_embedding, output_head
 IGNORED = -100
 """The label of a token that does not count."""
 
-MAX_LOGITS = 2**25
-"""Bytes of logits alive at once: in bfloat16 some 330 positions of a vocabulary of 50,000. Each piece reads the head's matrix anew."""
+MAX_LOGITS = 2**24
+"""Bytes of logits alive at once: in bfloat16 some 160 positions of a vocabulary of 50,000. Each piece reads the head's matrix anew."""
 MAX_LOGITS_ON_GPU = 2**26
 """More there, where few rows would leave the matrix units idle."""
 MAX_SUMMED = 2**20
