@@ -4,8 +4,8 @@ The reference decodes with Pillow, resizes the shorter side (bicubic, antialiase
 is decoded by libjpeg-turbo without Pillow around it, resizing makes no more than the crop keeps, and normalising is left to the
 training step, on the device. Pixels are within 1/255 of the reference's.
 
-Resizing is done by a few lines of C (`resize.c`), in a fourth of Pillow's time and with its very pixels. Where they were not
-compiled, or the processor has no AVX2, Pillow does it.
+Resizing is done by a few lines of C (`resize.c`), faster than by Pillow and with its very pixels. Where they were not compiled,
+or the processor has no AVX2, Pillow does it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 /* Pillow's resize, bit for bit, of pixels of four bytes: `_resize_and_crop` of images.py, for processors with AVX2.
 
    A pixel of the result is a sum of pixels of the source, along rows first and then along columns, in whole numbers: weights of
-   BITS bits, rounded and clipped to a byte after either. (torch's 8-bit resize is as fast, with weights of 16 bits: of a million
-   values, 4000 are 1/255 off, and one 2/255.)
+   BITS bits, rounded and clipped to a byte after either. (torch's 8-bit resize has weights of 16 bits: of a million values, 4000 are
+   1/255 off, and one 2/255.)
 
    Built by `pip install` where there is a compiler (setup.py); images.py does without it where there is none. */
 
@@ -12,7 +12,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-enum { BITS = 22 };
+enum { BITS = 22, ROWS = 4 }; /* ROWS at a time: a large picture's weights are more than the first cache holds */
 
 int of_supported(void) { return __builtin_cpu_supports("avx2"); }
 
@@ -20,16 +20,19 @@ int of_supported(void) { return __builtin_cpu_supports("avx2"); }
 #define LOAD(place) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(place)))
 #define MULTIPLY_ADD(sum, x, y) sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(x, y))
 
-/* As `narrow`, for a number of rows that the compiler knows. */
-__attribute__((target("avx2"), always_inline)) static inline void narrow_rows(int rows, const uint8_t *source, int64_t stride,
-                                                                              const int32_t *first, const int32_t *weights,
-                                                                              int64_t width, int64_t taps, uint8_t *result,
-                                                                              int64_t line) {
+/* source: [rows, stride bytes]. first: [width], where each sum begins, in pixels. weights: [width, taps * 4], each four times,
+   for the bytes of a pixel; taps is a multiple of 4. result: [rows, line bytes], of which width * 4 are written.
+
+   rows: 1 or ROWS, known to the compiler. */
+__attribute__((target("avx2"), always_inline)) static inline void narrow(int rows, const uint8_t *source, int64_t stride,
+                                                                         const int32_t *first, const int32_t *weights,
+                                                                         int64_t width, int64_t taps, uint8_t *result,
+                                                                         int64_t line) {
   const __m128i half = _mm_set1_epi32(1 << (BITS - 1));
   for (int64_t x = 0; x < width; x++) {
     const uint8_t *from = source + 4 * (int64_t)first[x];
     const int32_t *weight = weights + x * taps * 4;
-    __m256i sums[4]; /* two pixels each */
+    __m256i sums[ROWS]; /* two pixels each */
     for (int y = 0; y < rows; y++) sums[y] = _mm256_setzero_si256();
     for (int64_t i = 0; i < taps * 4; i += 8) {
       const __m256i two = _mm256_loadu_si256((const __m256i *)(weight + i));
@@ -43,18 +46,6 @@ __attribute__((target("avx2"), always_inline)) static inline void narrow_rows(in
       memcpy(result + y * line + 4 * x, &pixel, 4);
     }
   }
-}
-
-/* source: [rows, stride bytes]. first: [width], where each sum begins, in pixels. weights: [width, taps * 4], each four times, for
-   the bytes of a pixel; taps is a multiple of 4. result: [rows, line bytes], of which width * 4 are written.
-
-   Four rows at a time: a large picture's weights are more than the first cache holds. */
-__attribute__((target("avx2"))) static void narrow(const uint8_t *source, int64_t stride, int64_t rows, const int32_t *first,
-                                                   const int32_t *weights, int64_t width, int64_t taps, uint8_t *result,
-                                                   int64_t line) {
-  int64_t y = 0;
-  for (; y + 4 <= rows; y += 4) narrow_rows(4, source + y * stride, stride, first, weights, width, taps, result + y * line, line);
-  for (; y < rows; y++) narrow_rows(1, source + y * stride, stride, first, weights, width, taps, result + y * line, line);
 }
 
 /* source: [*, width * 4]. first: [height]. weights: [height, taps]. width is a multiple of 8. result: [3, height, width]. */
@@ -84,11 +75,16 @@ __attribute__((target("avx2"))) static void lower(const uint8_t *source, const i
 
 /* source: [rows, stride bytes] of pixels of four bytes. between: [rows, padded * 4]. result: [3, height, padded], padded being
    `width` rounded up to a multiple of 8; what lies beyond `width` means nothing. */
-void of_resize(const uint8_t *source, int64_t stride, int64_t rows, const int32_t *across_first, const int32_t *across_weights,
-               int64_t width, int64_t across_taps, const int32_t *down_first, const int32_t *down_weights, int64_t height,
-               int64_t down_taps, uint8_t *between, uint8_t *result) {
-  int64_t padded = (width + 7) / 8 * 8;
-  narrow(source, stride, rows, across_first, across_weights, width, across_taps, between, padded * 4);
+__attribute__((target("avx2"))) void of_resize(const uint8_t *source, int64_t stride, int64_t rows, const int32_t *across_first,
+                                               const int32_t *across_weights, int64_t width, int64_t across_taps,
+                                               const int32_t *down_first, const int32_t *down_weights, int64_t height,
+                                               int64_t down_taps, uint8_t *between, uint8_t *result) {
+  const int64_t padded = (width + 7) / 8 * 8, line = padded * 4;
+  int64_t y = 0;
+  for (; y + ROWS <= rows; y += ROWS)
+    narrow(ROWS, source + y * stride, stride, across_first, across_weights, width, across_taps, between + y * line, line);
+  for (; y < rows; y++)
+    narrow(1, source + y * stride, stride, across_first, across_weights, width, across_taps, between + y * line, line);
   lower(between, down_first, down_weights, height, down_taps, result, padded);
 }
 
