@@ -282,9 +282,9 @@ class _Resampling:
 
     @functools.cached_property
     def of_bytes(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """`first` and `weights` as resize.c takes them along rows: of a multiple of 4 pixels, and four times, for each byte of a
-        pixel. None where the source has not so many."""
-        padding = -self.weights.shape[1] % 4
+        """`first` and `weights` as resize.c takes them along rows: of an even number of pixels, and four times, for each byte of
+        a pixel. None where the source has not so many."""
+        padding = self.weights.shape[1] % 2
         weights = np.pad(self.weights, ((0, 0), (0, padding)))
         if weights.shape[1] > self.stop - self.start:
             return None

@@ -21,7 +21,7 @@ int of_supported(void) { return __builtin_cpu_supports("avx2"); }
 #define MULTIPLY_ADD(sum, x, y) sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(x, y))
 
 /* source: [rows, stride bytes]. first: [width], where each sum begins, in pixels. weights: [width, taps * 4], each four times,
-   for the bytes of a pixel; taps is a multiple of 4. result: [rows, line bytes], of which width * 4 are written.
+   for the bytes of a pixel; taps is even. result: [rows, line bytes], of which width * 4 are written.
 
    rows: 1 or ROWS, known to the compiler. */
 __attribute__((target("avx2"), always_inline)) static inline void narrow(int rows, const uint8_t *source, int64_t stride,
