@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -325,3 +327,23 @@ def test_shards_that_yield_nothing_stop_the_run_with_their_name(
         main([*flags, f"--laion_shards={tmp_path}/garbage.tar", f"--run_name={tmp_path}/run", f"--workers={workers}"])
     assert stopped.value.code == 1
     assert "garbage.tar" in said(caplog)
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers(flags: list[str], tmp_path: Path) -> None:
+    """Python waits for them after an error that nobody caught, and they outlive its SIGTERM by two minutes."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, multiprocessing.util, sys\n"  # who registers last is called first
+        "atexit.register(lambda: print(len(multiprocessing.active_children()), 'workers left'))\n"
+        "from open_flamingo.train import step, train\n"
+        "def loss_of(*_):\n"
+        "    print(len(multiprocessing.active_children()), 'workers')\n"
+        "    raise RuntimeError('CUDA out of memory')\n"
+        "step.loss_of = loss_of\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, str(program), *flags, f"--run_name={tmp_path}/run", "--workers=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("CUDA out of memory\n"), done.stderr
+    assert done.stdout.splitlines()[-2:] == ["4 workers", "0 workers left"]

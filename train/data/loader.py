@@ -13,6 +13,7 @@ B batch, N images, T text tokens; H, W height and width of an image.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -324,6 +325,15 @@ def _manner_of_death(exitcode: int | None) -> str:
     return f"was killed by {signal.Signals(-exitcode).name}{hint}"
 
 
+def _kill(workers: list[BaseProcess], parent: int) -> None:
+    if os.getpid() != parent:
+        return  # a copy of the parent
+    for process in workers:
+        process.kill()  # a stopped process heeds nothing else
+    for process in workers:
+        process.join(POLL)  # not for ever: one that waits for a dead file server cannot even be killed
+
+
 def _is_stopped(pid: int | None) -> bool:
     """Whether a signal or a debugger has stopped the process; False where there is no /proc."""
     try:
@@ -407,6 +417,8 @@ class Loader:
             self._shares: Iterator[_Share | _Failure] | None = iter(dataloader)
         self._workers: list[BaseProcess] = list(getattr(self._shares, "_workers", []))
         self._watchdog = _Watchdog(self.options.timeout, self._workers)
+        # Who ends in an error closes nothing, and Python would send them SIGTERM and wait until they have outlived it.
+        atexit.register(_kill, self._workers, os.getpid())
 
     def __iter__(self) -> Loader:
         return self
@@ -481,11 +493,8 @@ class Loader:
 
     def _kill(self) -> None:
         self._watchdog.stop()
-        for process in self._workers:
-            process.kill()  # a stopped process heeds nothing else
-        for process in self._workers:
-            process.join(POLL)  # not for ever: one that waits for a dead file server cannot even be killed
-        self._workers = []
+        _kill(self._workers, os.getpid())
+        self._workers.clear()
 
     def _join(self, shares: list[_Share]) -> Batch:
         """Rows in the order of the run: they take turns among the workers, beginning where `samples` says."""
