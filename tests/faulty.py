@@ -2,7 +2,8 @@
 
 A fault is {"what": "loss" or "gradient", "kind": "laion" or "mmc4", "rank": 1, "updates": [3]}: the loss of that dataset, or the
 gradient that it gives the resampler's latents, becomes NaN on that rank in those updates. {"what": "no weight", ...} makes
-that loss count nothing instead.
+that loss count nothing instead, {"what": "error", ...} raises. With {"collective_end": true}, a process group is taken down with
+all ranks together or not at all, as NCCL does it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from open_flamingo.train import step
 from open_flamingo.train.health import Health
 from open_flamingo.train.train import main
 
 loss_of, begin = step.loss_of, Health.begin
+destroy_process_group = dist.destroy_process_group
 update = 0
 
 
@@ -40,9 +43,16 @@ def faulty_loss(model: Any, batch: Any, source: Any, precision: str) -> torch.Te
             loss = loss * float("nan")
         elif fault["what"] == "no weight":
             loss = loss * 0
+        elif fault["what"] == "error":
+            raise RuntimeError("CUDA out of memory")
         elif fault["what"] == "gradient":
             loss = WrongGradient.apply(loss)
     return loss
+
+
+def end_together() -> None:
+    dist.barrier()
+    destroy_process_group()
 
 
 class WrongGradient(torch.autograd.Function):
@@ -59,4 +69,6 @@ if __name__ == "__main__":
     plan = json.loads(sys.argv[1])
     step.loss_of = faulty_loss
     Health.begin = count_updates  # type: ignore[method-assign]
+    if plan.get("collective_end"):
+        dist.destroy_process_group = end_together
     main(sys.argv[2:])

@@ -34,8 +34,8 @@ LONG = ["--train_num_samples_laion=96", "--train_num_samples_mmc4=48"]  # 12 upd
 LAST = "checkpoint_1.pt"
 
 
-def plan(*faults: dict[str, Any], seconds: float = 0.0) -> str:
-    return json.dumps({"faults": faults, "seconds_an_update": seconds})
+def plan(*faults: dict[str, Any], seconds: float = 0.0, collective_end: bool = False) -> str:
+    return json.dumps({"faults": faults, "seconds_an_update": seconds, "collective_end": collective_end})
 
 
 def fault(what: str, kind: str, *rank: int, updates: list[int]) -> dict[str, Any]:
@@ -251,6 +251,16 @@ def test_a_killed_rank_is_named_and_torchrun_starts_again_by_itself(
     assert "resuming from" in output
     saved = torch.load(run / LAST, weights_only=True)
     assert_same({**whole, "flags": None}, {**saved, "flags": None})  # --save_steps differs
+
+
+def test_an_error_of_one_rank_is_seen_though_the_others_wait_for_it(disturbed: list[str], tmp_path: Path) -> None:
+    faults = plan(fault("error", "laion", 1, updates=[3]), collective_end=True)
+    process = torchrun(2, FAULTY, faults, *disturbed, "--dist_timeout=20")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert re.search(r"\[rank 1\] \S+ E CUDA out of memory\nTraceback", output), output
+    assert "--dist_timeout" not in output, output  # nobody had to wait for that long
+    assert updates_done(tmp_path / "run") == 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from open_flamingo.train.cpu import fast_kernels
     from open_flamingo.train.data.samples import DataError
     from open_flamingo.train.distributed import distributed, find_place
-    from open_flamingo.train.health import EXIT_STOPPED, Watchdog, is_of_communication
+    from open_flamingo.train.health import EXIT_STOPPED, Watchdog
     from open_flamingo.train.report import setup_logging
 
     setup_logging(rank=0)
@@ -64,12 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 world = stack.enter_context(group)
             stack.enter_context(fast_kernels(world.device, args.precision, args.compile))
             watchdog = stack.enter_context(Watchdog(world, args.dist_timeout))
-            try:
+            with alone_in_trouble(world, watchdog):
                 stopped_by = train(args, world, watchdog)
-            except RuntimeError as error:
-                if is_of_communication(error) and (reason := watchdog.explain()):
-                    raise Refused(reason) from error
-                raise
     except (Refused, DataError) as error:
         log.error("%s", error)
         raise SystemExit(1) from error
@@ -88,6 +84,31 @@ def refusing(what: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise Refused(f"{what}: {error}") from error
+
+
+@contextmanager
+def alone_in_trouble(world: World, watchdog: Watchdog) -> Iterator[None]:
+    """An error of one rank of several is logged, and ends its process here and now.
+
+    NCCL takes a process group down with all ranks together, and they may be waiting for this one, as what this one's GPU has
+    begun may be waiting for them: nobody would ever read of the error, or see the exit code.
+    """
+    from open_flamingo.train.data.samples import DataError
+    from open_flamingo.train.health import is_of_communication
+
+    try:
+        try:
+            yield
+        except RuntimeError as error:
+            if is_of_communication(error) and (reason := watchdog.explain()):
+                raise Refused(reason) from error
+            raise
+    except BaseException as error:
+        if world.world_size == 1:
+            raise
+        log.error("%s", error, exc_info=not isinstance(error, (Refused, DataError)))
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | None:
