@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +352,82 @@ def test_a_run_that_fails_does_not_wait_for_its_workers(flags: list[str], tmp_pa
     assert done.returncode == 1, done.stderr
     assert done.stderr.endswith("CUDA out of memory\n"), done.stderr
     assert done.stdout.splitlines()[-2:] == ["4 workers", "0 workers left"]
+
+
+# ------------------------------------------------------------------------------------------------- what is told of the run
+
+
+def program(flags: list[str], run: Path, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "open_flamingo.train.train", *flags, f"--run_name={run}"]
+    return subprocess.Popen(command, text=True, **({"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options))
+
+
+@pytest.mark.parametrize("log", ["full disk", "closed pipe"])
+def test_a_log_that_cannot_be_written_stops_nothing(log: str, flags: list[str], tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if log == "full disk":
+            target = stack.enter_context(open("/dev/full", "w"))
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            target = stack.enter_context(os.fdopen(writer, "w"))
+        program(flags, tmp_path / "run", stdout=target, stderr=target).wait()
+    assert len(metrics(tmp_path / "run")) == 8
+    assert load(tmp_path / "run" / "checkpoint_1.pt")["step"] == 8
+
+
+@pytest.fixture
+def online(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a run that tells W&B, by a user who has no key yet, and whose W&B nobody can reach."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    return [*(flag for flag in flags if flag != "--offline"), "--report_to_wandb"]
+
+
+def test_wandb_without_a_key_is_refused_before_a_model_is_built(online: list[str], tmp_path: Path) -> None:
+    given = next(flag for flag in online if flag.startswith("--lm_path=")).partition("=")[2]
+    broken = shutil.copytree(given, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"")
+    process = program([*online, f"--lm_path={broken}"], tmp_path / "run", stdin=subprocess.DEVNULL)
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert re.search(r"E cannot start: --report_to_wandb: .*`wandb login`.* WANDB_API_KEY", output), output
+    assert "Traceback" not in output
+
+
+def test_wandb_that_cannot_be_reached_is_told_later(
+    online: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    process = program(online, tmp_path / "run")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "W&B cannot be reached" in output
+    assert len(metrics(tmp_path / "run")) == 8
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def child(parent: int, name: str) -> int | None:
+    """The process id of the child of `parent` that runs the program `name`."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            pid, command, _, its_parent = re.match(r"(\d+) \((.*)\) (\S+) (\d+)", stat.read_text()).groups()  # type: ignore[union-attr]
+            if (int(its_parent), command) == (parent, name):
+                return int(pid)
+    return None
+
+
+def test_a_wandb_that_dies_does_not_take_the_training_with_it(flags: list[str], tmp_path: Path) -> None:
+    process = program([*flags, "--report_to_wandb", "--num_epochs=10"], tmp_path / "run")
+    while (service := child(process.pid, "wandb-core")) is None:
+        assert process.poll() is None, process.communicate()
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 2:
+        time.sleep(0.01)
+    os.kill(service, signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "W&B could not be told" in output
+    assert len(metrics(tmp_path / "run")) == 40

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,11 @@ class _AboveTheBar(logging.Handler):
     """Writes to stderr without breaking a progress bar that is there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-        sys.stderr.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+        except Exception:  # a full disk, a closed terminal: as the handlers of Python take it
+            self.handleError(record)
 
 
 def setup_logging(rank: int) -> None:
@@ -178,7 +181,7 @@ class Reporter:
     def advance(self) -> None:
         """One update is done."""
         if self._bar is not None:
-            self._bar.update()
+            self._tell("the progress bar", self._bar.update)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """One log line of `values` (numbers, or counts by reason), and the same to every other place."""
@@ -186,10 +189,7 @@ class Reporter:
             return
         line = {"step": step, "epoch": round(step / self._updates_per_epoch, 4), **values}
         assert self._metrics is not None
-        try:
-            self._metrics.write(json.dumps(line).encode() + b"\n")
-        except OSError as error:  # no room; the training matters more
-            log.warning("metrics.jsonl cannot be written: %s", error)
+        self._tell("metrics.jsonl", self._metrics.write, json.dumps(line).encode() + b"\n")
         progress, counts = self._describe(line)
         left = f"left {timedelta(seconds=round(line['seconds_left']))}"
         log.info("%s", " | ".join([f"step {step:,}/{self._total_steps:,}", *progress, left, *counts]))
@@ -201,9 +201,17 @@ class Reporter:
                 numbers |= {f"{name}/{reason}": count for reason, count in counts.items()}
         if self._tensorboard is not None:
             for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._tell("TensorBoard", self._tensorboard.add_scalar, name, value, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._tell("W&B", self._wandb.log, numbers, step)
+
+    @staticmethod
+    def _tell(where: str, tell: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Training matters more than what is told of it: of no room, or a service that died, there is a warning."""
+        try:
+            tell(*args, **options)
+        except Exception as error:
+            log.warning("%s could not be told: %s: %s", where, type(error).__name__, error)
 
     @staticmethod
     def _describe(line: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -229,17 +237,17 @@ class Reporter:
     def upload(self, path: Path) -> None:
         """Sends the checkpoint at `path` to W&B."""
         if self._wandb is not None:
-            self._wandb.save(str(path), base_path=str(path.parent), policy="now")
+            self._tell("W&B", self._wandb.save, str(path), base_path=str(path.parent), policy="now")
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._tell("the progress bar", self._bar.close)
         if self._metrics is not None:
-            self._metrics.close()
+            self._tell("metrics.jsonl", self._metrics.close)
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._tell("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._tell("W&B", self._wandb.finish)
 
 
 def _metrics_file(path: Path, step: int) -> Any:
@@ -258,6 +266,16 @@ def _metrics_file(path: Path, step: int) -> Any:
     return path.open("ab", buffering=0)  # what cannot be written is lost, not kept for the next attempt
 
 
+def log_in_to_wandb() -> None:
+    """Asks for a key at a terminal, if there is none yet. Raises ValueError where there is no terminal either."""
+    import wandb
+
+    try:
+        wandb.login(verify=False)
+    except wandb.Error as error:
+        raise ValueError(f"--report_to_wandb: {error} Or set WANDB_API_KEY, or --offline") from error
+
+
 def _start_wandb(folder: Path, project: str | None, entity: str | None, offline: bool, flags: Mapping[str, Any]) -> Any:
     import wandb
 
@@ -265,13 +283,24 @@ def _start_wandb(folder: Path, project: str | None, entity: str | None, offline:
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=project,
-        entity=entity,
-        name=folder.name,
-        id=id_file.read_text().strip(),
-        resume=None if offline else "allow",
-        mode="offline" if offline else "online",
-        dir=str(folder),
-        config=dict(flags),
-    )
+
+    def start(mode: str | None) -> Any:
+        return wandb.init(
+            project=project,
+            entity=entity,
+            name=folder.name,
+            id=id_file.read_text().strip(),
+            resume=None if mode == "offline" else "allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            config=dict(flags),
+        )
+
+    try:
+        return start("offline" if offline else None)
+    except wandb.errors.AuthenticationError as error:
+        raise ValueError(f"--report_to_wandb: {error}") from error
+    except wandb.errors.CommError as error:  # what a scheduler starts again must not depend on a service
+        log.warning("W&B cannot be reached: %s. `wandb sync` sends it what is kept in %s", error, folder / "wandb")
+        wandb.teardown()  # the attempt still holds the id
+        return start("offline")

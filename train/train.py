@@ -133,7 +133,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
         synchronise,
     )
     from open_flamingo.train.precision import build_loss_scaler, hold_weights
-    from open_flamingo.train.report import Reporter, describe, measure
+    from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure
     from open_flamingo.train.resume import Plan, find_start, restore_model, restore_optimizer, snapshot
     from open_flamingo.train.sharded import ShardedSaver
     from open_flamingo.train.step import Source, train_update
@@ -158,6 +158,11 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             plan.total_updates,
         )
         return None
+
+    if args.report_to_wandb and not args.offline:
+        with refusing("cannot start"), together():
+            if world.is_main:
+                log_in_to_wandb()
 
     # ---------------------------------------------------------------- model
     watchdog.at("building the model")
