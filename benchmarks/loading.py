@@ -59,11 +59,17 @@ def measure(workers: tuple[int, ...], rounds: int, seconds: float, only_ours: bo
                 pattern = write(FOLDER / f"{kind}-{size.width}", size, SAMPLES[kind])
                 for number in workers:
                     cells = {name: Loading(name, kind, size, number) for name in children}
+                    batch_size = max(BATCH_SIZE[kind], number)  # something for each worker
                     for _ in range(rounds):
                         for name, child in children.items():
                             answer = child.ask(
-                                "rate", kind=kind, shards=pattern, batch_size=BATCH_SIZE[kind], workers=number, seconds=seconds
-                            )  # fmt: skip
+                                "rate",
+                                kind=kind,
+                                shards=pattern,
+                                batch_size=batch_size,
+                                workers=number,
+                                seconds=seconds,
+                            )
                             cells[name].rates.append(answer["samples_per_second"])
                             cells[name].images, cells[name].tokens = answer["images"], answer["tokens"]
                     results += cells.values()

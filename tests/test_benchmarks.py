@@ -83,6 +83,8 @@ def test_both_loaders_read_the_same_shards(monkeypatch: pytest.MonkeyPatch) -> N
     # The same documents, but images whose token was cut off are in the reference's batches.
     assert 1.5 < results["ours", "mmc4"].images <= 1.2 * results["reference", "mmc4"].images
     assert "MMC4" in loading.describe(list(results.values()))
+    more_than_rows = 2 * loading.BATCH_SIZE["mmc4"]
+    assert all(result.rate > 0 for result in loading.measure((more_than_rows,), 1, 0.2, only_ours=True))
 
 
 def test_the_same_name_means_the_same_weights() -> None:
