@@ -16,6 +16,8 @@ import shlex
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -635,6 +637,28 @@ def test_a_stopped_worker_whose_share_comes_before_the_one_that_is_waited_for(tm
     with pytest.raises(DataError, match=rf"worker 1 of rank 0 \(pid {pids[1]}\).* hangs"):
         next(batches)
     assert not any(running(pid) for pid in pids)
+
+
+def test_no_room_in_shared_memory_is_said_to_be_that(tmp_path: Path) -> None:
+    """Docker gives a container 64 MB. torch tells of a share that was lost, and then waits for it."""
+    pattern = write_laion(tmp_path, shards=2, samples=20)
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from tests.data_tools import loader
+for _ in loader("laion", {pattern!r}, workers=2, batch_size=80, lanes=2, timeout=20):
+    print("a batch", flush=True)
+"""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs to be root")
+    small = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$0" "$@"'
+    command = ["unshare", "--mount", "sh", "-c", small, sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert re.search(
+        r"DataError: laion loader worker \d of .* found no shared memory .* --shm-size.* --workers", last
+    ), done
+    assert "a batch" not in done.stdout
 
 
 def test_a_death_is_told_when_a_batch_is_wanted_and_not_before(tmp_path: Path, quick_poll: None) -> None:

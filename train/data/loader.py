@@ -20,12 +20,14 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +54,8 @@ SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}
 POLL = 5.0
 # How long a worker outlives a SIGTERM, in seconds: while the training process saves, it must not lose its workers.
 GRACE = 120
+# The exit code of a worker that had no room in /dev/shm.
+NO_SHARED_MEMORY = 74
 
 
 @dataclass(frozen=True)
@@ -294,6 +298,16 @@ def _start_worker(worker: int) -> None:
     for name in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminate_later)
+    # A hook of Python's, which its pools of processes use too.
+    Queue._on_queue_feeder_error = staticmethod(_end_without_share)  # type: ignore[attr-defined]
+
+
+def _end_without_share(error: Exception, share: Any) -> None:
+    """Ends a worker whose share cannot be sent. It would only be told of, and waited for in vain."""
+    if "shared memory" in str(error):
+        os._exit(NO_SHARED_MEMORY)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def _terminate_later(signum: int, frame: Any) -> None:
@@ -319,10 +333,16 @@ def _deaths_in_silence() -> Iterator[None]:
 
 
 def _manner_of_death(exitcode: int | None) -> str:
+    if exitcode == NO_SHARED_MEMORY:
+        return (
+            "found no shared memory for its pictures: give /dev/shm more room (docker run --shm-size=16g, or --ipc=host), or "
+            "use fewer --workers"
+        )
     if exitcode is None or exitcode >= 0:
         return f"ended with exit status {exitcode}"
-    hint = ": is the machine out of memory?" if exitcode == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-exitcode).name}{hint}"
+    hints = {signal.SIGKILL: ": is the machine out of memory?", signal.SIGBUS: ": is /dev/shm full?"}
+    number = signal.Signals(-exitcode)
+    return f"was killed by {number.name}{hints.get(number, '')}"
 
 
 def _kill(workers: list[BaseProcess], parent: int) -> None:
