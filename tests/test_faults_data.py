@@ -645,7 +645,9 @@ def test_no_room_in_shared_memory_is_said_to_be_that(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from open_flamingo.train.data import loader as module
 from tests.data_tools import loader
+module.POLL = 0.5
 for _ in loader("laion", {pattern!r}, workers=2, batch_size=80, lanes=2, timeout=20):
     print("a batch", flush=True)
 """

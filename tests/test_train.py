@@ -359,19 +359,14 @@ def test_a_run_that_fails_does_not_wait_for_its_workers(flags: list[str], tmp_pa
 
 def program(flags: list[str], run: Path, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "open_flamingo.train.train", *flags, f"--run_name={run}"]
-    return subprocess.Popen(command, text=True, **({"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options))
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # another test's
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+    return subprocess.Popen(command, text=True, env=environment, **options)
 
 
-@pytest.mark.parametrize("log", ["full disk", "closed pipe"])
-def test_a_log_that_cannot_be_written_stops_nothing(log: str, flags: list[str], tmp_path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        if log == "full disk":
-            target = stack.enter_context(open("/dev/full", "w"))
-        else:
-            reader, writer = os.pipe()
-            os.close(reader)
-            target = stack.enter_context(os.fdopen(writer, "w"))
-        program(flags, tmp_path / "run", stdout=target, stderr=target).wait()
+def test_a_log_that_cannot_be_written_stops_nothing(flags: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:  # whatever is written, its disk is full
+        program(flags, tmp_path / "run", stdout=full, stderr=full).wait()
     assert len(metrics(tmp_path / "run")) == 8
     assert load(tmp_path / "run" / "checkpoint_1.pt")["step"] == 8
 

@@ -302,5 +302,7 @@ def _start_wandb(folder: Path, project: str | None, entity: str | None, offline:
         raise ValueError(f"--report_to_wandb: {error}") from error
     except wandb.errors.CommError as error:  # what a scheduler starts again must not depend on a service
         log.warning("W&B cannot be reached: %s. `wandb sync` sends it what is kept in %s", error, folder / "wandb")
-        wandb.teardown()  # the attempt still holds the id
+        # The attempt still holds the id, also in a service that another process has started.
+        wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
         return start("offline")
