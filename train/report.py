@@ -211,7 +211,7 @@ class Reporter:
         try:
             tell(*args, **options)
         except Exception as error:
-            log.warning("%s could not be told: %s: %s", where, type(error).__name__, error)
+            log.warning("%s cannot be written to: %s: %s", where, type(error).__name__, error)
 
     @staticmethod
     def _describe(line: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -88,7 +88,7 @@ def refusing(what: str) -> Iterator[None]:
 
 @contextmanager
 def alone_in_trouble(world: World, watchdog: Watchdog) -> Iterator[None]:
-    """An error of one rank of several is logged, and ends its process here and now.
+    """An error of one rank of several is logged, and ends its process here and now; one of communication names the rank to blame.
 
     NCCL takes a process group down with all ranks together, and they may be waiting for this one, as what this one's GPU has
     begun may be waiting for them: nobody would ever read of the error, or see the exit code.

@@ -345,7 +345,7 @@ def _manner_of_death(exitcode: int | None) -> str:
     return f"was killed by {number.name}{hints.get(number, '')}"
 
 
-def _kill(workers: list[BaseProcess], parent: int) -> None:
+def _kill_all(workers: list[BaseProcess], parent: int) -> None:
     if os.getpid() != parent:
         return  # a copy of the parent
     for process in workers:
@@ -437,8 +437,8 @@ class Loader:
             self._shares: Iterator[_Share | _Failure] | None = iter(dataloader)
         self._workers: list[BaseProcess] = list(getattr(self._shares, "_workers", []))
         self._watchdog = _Watchdog(self.options.timeout, self._workers)
-        # Who ends in an error closes nothing, and Python would send them SIGTERM and wait until they have outlived it.
-        atexit.register(_kill, self._workers, os.getpid())
+        # Who ends in an error closes nothing, and Python would send the workers a SIGTERM and wait for them, for GRACE.
+        atexit.register(_kill_all, self._workers, os.getpid())
 
     def __iter__(self) -> Loader:
         return self
@@ -513,7 +513,7 @@ class Loader:
 
     def _kill(self) -> None:
         self._watchdog.stop()
-        _kill(self._workers, os.getpid())
+        _kill_all(self._workers, os.getpid())
         self._workers.clear()
 
     def _join(self, shares: list[_Share]) -> Batch:
