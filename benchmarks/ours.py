@@ -38,10 +38,10 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import Batch, DataOptions, build_loader, resolve_lanes, resolve_workers
 from open_flamingo.train.distributed import distributed, find_place
 from open_flamingo.train.labels import laion_labels, mmc4_labels
-from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import compile_blocks, parallelise
 from open_flamingo.train.precision import build_loss_scaler, hold_weights
-from open_flamingo.train.resume import Plan, snapshot
+from open_flamingo.train.resume import Plan, Progress, snapshot
 from open_flamingo.train.sharded import ShardedSaver
 from open_flamingo.train.step import Source, train_update
 
@@ -124,7 +124,6 @@ class Ours:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, args.learning_rate, weight_decay=0.1)
         self.scaler = build_loss_scaler(args.precision, device)
-        self.scheduler = build_scheduler(self.optimizer, "constant", 0, total_updates=10**9)
         ids = self.model.media_token_id, self.model.eoc_token_id, tokenizer.pad_token_id
         self._to_batch = functools.partial(to_batch, ids=ids, pin=device.type == "cuda")
         self.loaders = {kind: Fed([]) for kind in ("laion", "mmc4")}
@@ -154,7 +153,9 @@ class Ours:
         ]
 
     def _update(self) -> None:
-        train_update(self.step_model, self.optimizer, self.scheduler, self.sources, 1, self.args.precision, self.scaler)
+        train_update(
+            self.step_model, self.optimizer, self.args.learning_rate, self.sources, 1, self.args.precision, self.scaler
+        )
 
     def use_batches(self, file: str | Path) -> None:
         batches = torch.load(file)
@@ -240,13 +241,13 @@ class Ours:
     def save(self, sharded: bool) -> dict[str, float]:
         """Seconds that the loop stands still for a checkpoint, seconds until it is on disk, and its bytes."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        plan = Plan({}, 10**6, 1)
+        plan = Plan({"laion": 1}, {"laion": 10**6}, 1, {"laion": 1})
         saver = self._savers[sharded]
         path = checkpoints.epoch_end_path(self.folder, 0, sharded)
         self._wait()
         start = time.perf_counter()
         state = snapshot(
-            self.args, self.world, plan, 16, 1, self.model, self.optimizer, self.scheduler, self.sources, self.scaler
+            self.args, self.world, plan, 16, Progress(1), self.model, self.optimizer, self.sources, self.scaler
         )  # fmt: skip
         saver.save(self.model, self.optimizer, state, path)
         self._wait()

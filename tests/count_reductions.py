@@ -10,7 +10,7 @@ from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.distributed import distributed, find_place
-from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import made_up_sample, parallelise, rehearse
 from open_flamingo.train.step import Source, train_update
 from open_flamingo.train.train import data_options
@@ -23,7 +23,6 @@ def main() -> None:
             args.vision_encoder_path, args.vision_encoder_pretrained, args.lm_path
         )
         optimizer = build_optimizer(model, 1e-3, 0.1)
-        scheduler = build_scheduler(optimizer, "constant", 0, 1)
         sources = [
             Source(
                 kind,
@@ -47,7 +46,7 @@ def main() -> None:
         rehearse(parallel_model, made_up_sample(image, model.media_token_id, model.eoc_token_id))
         for _ in range(2):
             buckets.clear()
-            train_update(parallel_model, optimizer, scheduler, sources, args.gradient_accumulation_steps, "fp32")
+            train_update(parallel_model, optimizer, 1e-2, sources, args.gradient_accumulation_steps, "fp32")
             if world.is_main:
                 print("buckets", *buckets)
         if world.is_main:

@@ -25,7 +25,7 @@ from open_flamingo import Flamingo
 from open_flamingo.resampler import PerceiverResampler
 from open_flamingo.train.data.loader import Batch
 from open_flamingo.train.distributed import World, distributed, find_place, gather_objects
-from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import Sharding, parallelise
 from open_flamingo.train.step import Source, train_update
 from open_flamingo.weights import trained_state_dict
@@ -111,17 +111,14 @@ def held(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 def run(model: Flamingo, world: World, sharding: Sharding | None, accumulation: int, updates: int) -> dict[str, Any]:
     parallel_model = parallelise(model, world, sharding)
     optimizer = build_optimizer(model, 1e-3, 0.1)
-    scheduler = build_scheduler(optimizer, "constant", 0, updates)
     sources = []
     for kind, weight in (("laion", 0.2), ("mmc4", 1.0)):
         source = Source(kind, weight, batches(kind, accumulation, world), None, world.device)
         sources.append(source)
     losses = []
     for _ in range(updates):
-        norm = train_update(parallel_model, optimizer, scheduler, sources, accumulation, "fp32")
-        mine = [float(source.loss / source.forwards) for source in sources]
-        means = [sum(values) / world.world_size for values in zip(*gather_objects(mine))]
-        losses.append([*means, float(norm)])
+        norm = train_update(parallel_model, optimizer, 1e-3, sources, accumulation, "fp32")
+        losses.append([*(source.loss / source.forwards for source in sources), float(norm)])
         for source in sources:
             source.reset()
     result = {"losses": losses, "weights": trained_state_dict(model), "held": gather_objects(held(model, optimizer))}

@@ -18,10 +18,12 @@ from tests.sharding_program import small_flamingo
 from tests.test_train import metrics
 from tests.tiny import ROOT, assert_same, finished, torchrun
 
-# The ways differ in the order in which float32 numbers are added: a relative 1e-7 a sum. AdamW divides by the gradient's
-# own size, so that becomes some 1e-6 of an update; ten updates at rate 1e-3 moved weights by up to 1e-2.
+# The ways differ in the order in which float32 numbers are added: a relative 1e-7 per sum. AdamW divides each gradient by its own
+# size, so where one is as small as its rounding error (or AdamW's eps of 1e-8), that weight's update is arbitrary: one number in
+# some 10,000 comes out up to 4e-5 apart, which number depends on the CPU. So a tensor is compared as a whole: its root mean
+# square is at most 3e-7 apart, after ten updates at a rate of 1e-3 that moved weights by up to 1e-2.
 LOSS_BOUND = 2e-5
-WEIGHT_BOUND = 2e-5
+WEIGHT_BOUND = 2e-6
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +44,8 @@ def same_training(one: dict[str, Any], other: dict[str, Any], where: object, bou
     losses = torch.tensor(one["losses"]), torch.tensor(other["losses"])
     torch.testing.assert_close(*losses, rtol=bound, atol=0, msg=lambda text: f"{where}: {text}")
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(
-            weight,
-            other["weights"][name],
-            rtol=0,
-            atol=WEIGHT_BOUND,
-            msg=f"{where}: {name}",
-        )
+        difference = (weight - other["weights"][name]).square().mean().sqrt()
+        assert difference <= WEIGHT_BOUND, (where, name)
 
 
 def test_every_way_of_spreading_trains_the_same(results: dict[int, dict[Any, Any]]) -> None:
@@ -121,8 +118,7 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_world_size(flags: list[str]
     one, moved = metrics(tmp_path / "one"), metrics(tmp_path / "moved")
     assert [line["step"] for line in moved] == list(range(1, 9))
     for a, b in zip(one, moved):
-        # Ranks average the means of their rows, and a caption has more labels than another: not quite the mean of all.
-        assert b["loss_laion"] == pytest.approx(a["loss_laion"], rel=2e-3)
+        assert b["loss_laion"] == pytest.approx(a["loss_laion"], rel=1e-5)
         assert b["lr"] == a["lr"]
     ends = (torch.load(tmp_path / name / "checkpoint_3.pt", weights_only=True) for name in ("one", "moved"))
     first, second = ((end["data"], end["step"]) for end in ends)

@@ -281,6 +281,60 @@ def test_weights_start_a_run_and_a_restart_of_it_goes_on_from_its_own(
     assert f"resuming from {tmp_path / 'second' / 'checkpoint_0.pt'} after update 4" in said(caplog)
 
 
+@pytest.mark.parametrize("checkpoint_format", ["file", "sharded"])
+def test_a_changed_learning_rate_holds_from_the_resume_on(
+    checkpoint_format: str, flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*flags, f"--run_name={tmp_path}", f"--checkpoint_format={checkpoint_format}", "--lr_scheduler=constant"]
+    main([*flags, "--num_epochs=1", "--learning_rate=1e-3"])
+    main([*flags, "--learning_rate=1e-5"])
+    assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-5, 1e-5, 1e-5, 1e-5])
+
+
+def test_a_run_goes_back_within_its_folder_and_loses_nothing(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*flags, "--save_steps=1", "--delete_previous_checkpoint"]
+    main([*flags, "--run_name=run", "--num_epochs=1"])
+    shutil.copy("run/checkpoint_0.pt", "kept.pt")
+    main([*flags, "--run_name=run", "--num_epochs=3"])
+    shutil.copy("kept.pt", "run/checkpoint_0.pt")
+    further = (tmp_path / "run" / "checkpoint_2.pt").read_bytes()
+
+    back = [*flags, "--run_name=run", "--learning_rate=1e-3"]
+    main([*back, "--resume_from_checkpoint=run/checkpoint_0.pt", "--num_epochs=2"])
+    assert sorted(path.name for path in Path("run").glob("*.pt")) == ["checkpoint_1.pt"]
+    assert [(line["step"], line["lr"] <= 1e-3) for line in metrics(Path("run"))][3:] == [
+        (step, step > 4) for step in range(4, 9)
+    ]
+    assert Path("run/set_aside_1/checkpoint_2.pt").read_bytes() == further
+    assert [line["step"] for line in metrics(Path("run/set_aside_1"))] == list(range(1, 13))
+
+    # The same file under other names: the run goes on from its own newest checkpoint.
+    for step, name in ((8, tmp_path / "kept.pt"), (12, "./kept.pt")):
+        caplog.clear()
+        main([*back, f"--resume_from_checkpoint={name}", f"--num_epochs={step // 4 + 1}"])
+        assert f"after update {step}" in said(caplog)
+    assert [path.name for path in Path("run").glob("set_aside_*")] == ["set_aside_1"]
+
+
+def test_a_scheduler_of_the_reference_reads_our_checkpoint(flags: list[str], tmp_path: Path) -> None:
+    main([*flags, f"--run_name={tmp_path}", "--lr_scheduler=linear"])
+    ours = load(tmp_path / "checkpoint_0.pt")
+    parameters = [[torch.zeros(1)] * len(group["params"]) for group in ours["optimizer_state_dict"]["param_groups"]]
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros_like(p) for p in group]} for group in parameters])
+    optimizer.load_state_dict({"state": {}, "param_groups": ours["optimizer_state_dict"]["param_groups"]})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (8 - step) / 6)
+    scheduler.load_state_dict(ours["lr_scheduler_state_dict"])
+    rates = []
+    for _ in range(4):
+        rates += scheduler.get_last_lr()[:1]
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([line["lr"] for line in metrics(tmp_path)[4:]])
+
+
 def test_a_checkpoint_of_the_reference_in_mid_run_goes_on(flags: list[str], tmp_path: Path) -> None:
     """Its optimiser holds moments of the whole embedding matrix, by index; ours of two rows."""
     main([*flags, f"--run_name={tmp_path / 'ours'}"])

@@ -14,6 +14,7 @@ parameters under the reference's names), `optimizer_state_dict`, `lr_scheduler_s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -287,13 +288,51 @@ def newest_readable(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def fingerprint(path: Path) -> str:
+    """Tells the checkpoint at `path` from all others, under whatever name it lies: made of the checksums of its parts."""
+    if path.is_dir():
+        path = path / SUMS
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
+        return hashlib.sha256(repr(entries).encode()).hexdigest()
+    return sha256(path)
+
+
+def set_aside(folder: Path, start: Path | None) -> None:
+    """Moves the checkpoints of `folder` that are further than `start`, one of them, to a folder of their own; all of them where
+    `start` is not one of them: the run that begins is another one, and its checkpoints would be mistaken for older ones."""
+    found = newest_first(folder)
+    own = start is not None and start.parent.resolve() == folder.resolve()
+    names = [path.name for path in found]
+    later = found[: names.index(start.name)] if own and start is not None and start.name in names else found
+    if not later:
+        return
+    place = next(place for n in itertools.count(1) if not (place := folder / f"set_aside_{n}").exists())
+    place.mkdir()
+    for path in later:
+        os.replace(path, place / path.name)
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        shutil.copy(metrics, place)
+    log.warning(
+        "starting from %s: the %d checkpoints of %s that do not lead to it are now in %s",
+        start,
+        len(later),
+        folder,
+        place,
+    )
+
+
 def prune(folder: Path, newest: Path, only_newest: bool) -> None:
     """Deletes what `newest`, now safe on disk, makes superfluous: all others if `only_newest`, else the within-epoch
     ones but for the newest two. Half-written files of a killed run go too."""
-    older = [path for path in newest_first(folder) if path != newest]
-    within = [path for path in newest_first(folder) if _WITHIN_EPOCH.fullmatch(path.name)]
-    for path in older if only_newest else within[KEEP_WITHIN_EPOCH:]:
-        _delete(path)
+    older = newest_first(folder)
+    if not only_newest:
+        older = [path for path in older if _WITHIN_EPOCH.fullmatch(path.name)][KEEP_WITHIN_EPOCH:]
+    for path in older:
+        if path != newest:
+            _delete(path)
     for path in [*folder.glob(".*.pt.*"), *folder.glob(".*.saving")]:
         _delete(path)
 

@@ -340,10 +340,3 @@ def together() -> Iterator[None]:
     for rank, message in enumerate(messages):
         if message is not None:
             raise ValueError(f"rank {rank}: {message}")
-
-
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums `tensor` over the ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -81,6 +82,13 @@ class _Unseen(NamedTuple):
     update: int
 
 
+class Agreement(NamedTuple):
+    """Of the forward passes of all ranks on one batch each."""
+
+    loss: float  # the mean over the labeled tokens of all ranks together
+    weight: float  # of this rank's own mean, so that the average over the ranks is `loss`: 1 on average, and on a single rank
+
+
 class Health:
     """What the ranks agree on, so that all of them do the same.
 
@@ -130,27 +138,32 @@ class Health:
         self._keys += batch.keys
         self.at(f"{kind} batch of {_shards(batch)}")
 
-    def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> bool:
-        """Whether the loss of this forward pass, float32 [], is finite on every rank. All ranks must call this.
+    def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> Agreement | None:
+        """What this forward pass counts for; None if its loss, float32 [], is not finite on some rank. All ranks must call this.
 
         Waits for the forward pass, on all ranks; and takes the occasion to agree on all else.
         """
         self.at(f"waiting for the other ranks after a {kind} batch of {_shards(batch)}")
-        stop = 0 if self._signals is None or self._signals.received is None else signal.Signals[self._signals.received]
-        loss = loss.detach().float()
-        norm = loss.new_zeros(()) if self._unseen is None else self._unseen.norm.to(loss)
-        flags = torch.stack([1.0 * ~loss.isfinite(), 1.0 * ~norm.isfinite(), loss.new_full((), stop)])
+        loss = loss.detach().double()  # which counts tokens exactly
+        labels = batch.num_labels
+        received = None if self._signals is None else self._signals.received
+        stops = [float(received == number.name) for number in STOP_SIGNALS]
+        bad_norm = False if self._unseen is None else ~self._unseen.norm.isfinite()
+        sums = torch.cat(
+            [loss.new_tensor([labels, *stops]), torch.stack([loss * labels, bad_norm + loss.new_zeros(())])]
+        )
         if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad_loss, bad_norm, number = flags.tolist()
-        self._see(bool(bad_norm))
-        if number:
-            self.stop = signal.Signals(int(number)).name
-        if bad_loss:
+            dist.all_reduce(sums)
+        total_labels, *stops, total_loss, bad_norms = sums.tolist()
+        self._see(bad_norms > 0)
+        self.stop = next((number.name for number, count in zip(STOP_SIGNALS, stops, strict=True) if count), self.stop)
+        if not math.isfinite(total_loss):
             self._part_left_out = True
             self.bad_batches[kind] += 1
             self._record(f"{kind} loss", None if bool(loss.isfinite()) else batch.keys, self._update)
-        return not bad_loss
+            return None
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return Agreement(total_loss / max(1.0, total_labels), labels * ranks / max(1.0, total_labels))
 
     def end(self, norm: torch.Tensor | None, overflow_is_normal: bool = False) -> None:
         """The update is done: its gradient norm, on the device; None if all its parts were left out.

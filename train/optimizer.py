@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the trained parameters: weight decay on the gated cross-attention, none elsewhere.
 
-    The two groups, and the order within them, are those of the reference, so its optimiser states can be read.
+    The two groups, and the order within them, are those of the reference, so its optimizer states can be read.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [parameter for name, parameter in trained if "gated_cross_attn_layer" in name]
     plain = [parameter for name, parameter in trained if "gated_cross_attn_layer" not in name]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # `initial_lr` is for the reference, whose scheduler looks for it in a checkpoint.
+    shared = {"lr": learning_rate, "initial_lr": learning_rate}
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay, **shared},
+        {"params": plain, "weight_decay": 0.0, **shared},
+    ]
     # Fused: one pass over all tensors; the same numbers on every run, which resuming bit for bit needs.
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 @torch.no_grad()
@@ -52,38 +55,14 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _constant(step: int, warmup: int, total: int) -> float:
-    return step / warmup if step < warmup else 1.0
+def learning_rate(name: str, base: float, position: float, warmup: float, total: float) -> float:
+    """The rate of the update after `position`: it rises linearly from 0 to `base`, then follows the shape `name`.
 
-
-def _linear(step: int, warmup: int, total: int) -> float:
-    if step < warmup:
-        return step / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
-
-
-def _cosine(step: int, warmup: int, total: int) -> float:
-    if step < warmup:
-        return step / warmup
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
-
-
-_SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
-    "constant": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
-}
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, name: str, warmup_updates: int, total_updates: int, updates_done: int = 0
-) -> LambdaLR:
-    """The learning rate as a function of the number of updates done: rises linearly from 0, then `name`'s shape.
-
-    It starts at `updates_done`, so that a resumed run needs no more than that number, and new values of the flags
-    (rate, schedule, length) hold from there on.
+    Args:
+        position, warmup, total: in updates. A position need not be whole: see `resume.Plan.schedule_position`.
     """
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    schedule = _SCHEDULES[name]
-    return LambdaLR(optimizer, lambda step: schedule(step, warmup_updates, total_updates), last_epoch=updates_done - 1)
+    if position < warmup:
+        return base * position / warmup
+    done = (position - warmup) / max(1, total - warmup)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[name]
+    return base * max(0.0, factor)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from open_flamingo.train.data.images import resizes_in_c
 from open_flamingo.train.data.loader import DataOptions
-from open_flamingo.train.distributed import World, gather_objects, sum_over_ranks
+from open_flamingo.train.distributed import World, gather_objects
 from open_flamingo.train.resume import Plan
 from open_flamingo.train.step import Source
 
@@ -104,15 +104,14 @@ def measure(
     world: World, sources: list[Source], gradient_norm: torch.Tensor | None, learning_rate: float, seconds: float
 ) -> dict[str, Any]:
     """The values of a log line, of the `seconds` since the last one; None for what is not finite, or was left out."""
-    losses = sum_over_ranks(torch.stack([source.loss / source.forwards for source in sources])) / world.world_size
     counts = gather_objects({source.kind: (source.dropped, source.errors) for source in sources})
     values: dict[str, Any] = {
         "lr": learning_rate,
         "grad_norm": None if gradient_norm is None else _finite(gradient_norm.item()),
     }
     values["data_wait"] = sum(source.seconds_waited for source in sources) / seconds
-    for source, loss in zip(sources, losses.tolist(), strict=True):
-        values[f"loss_{source.kind}"] = _finite(loss)
+    for source in sources:
+        values[f"loss_{source.kind}"] = source.loss / source.forwards if source.forwards else None
         values[f"samples_per_second_{source.kind}"] = source.samples * world.world_size / seconds
         values[f"dropped_{source.kind}"] = dict(sum((rank[source.kind][0] for rank in counts), Counter()))
         values[f"errors_{source.kind}"] = dict(sum((rank[source.kind][1] for rank in counts), Counter()))
@@ -144,7 +143,6 @@ class Reporter:
         folder: Path,
         step: int,
         total_steps: int,
-        updates_per_epoch: int,
         flags: Mapping[str, Any],
         tensorboard: bool = False,
         wandb: bool = False,
@@ -155,7 +153,6 @@ class Reporter:
         self._active = active
         self._folder = folder
         self._total_steps = total_steps
-        self._updates_per_epoch = updates_per_epoch
         self._metrics = self._tensorboard = self._wandb = None
         self._bar: tqdm | None = None
         if not active:
@@ -187,7 +184,7 @@ class Reporter:
         """One log line of `values` (numbers, or counts by reason), and the same to every other place."""
         if not self._active:
             return
-        line = {"step": step, "epoch": round(step / self._updates_per_epoch, 4), **values}
+        line = {"step": step, **values}
         assert self._metrics is not None
         self._tell("metrics.jsonl", self._metrics.write, json.dumps(line).encode() + b"\n")
         progress, counts = self._describe(line)
@@ -203,7 +200,7 @@ class Reporter:
             for name, value in numbers.items():
                 self._tell("TensorBoard", self._tensorboard.add_scalar, name, value, step)
         if self._wandb is not None:
-            self._tell("W&B", self._wandb.log, numbers, step)
+            self._tell("W&B", self._wandb.log, numbers)
 
     @staticmethod
     def _tell(where: str, tell: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -297,7 +294,7 @@ def _start_wandb(folder: Path, project: str | None, entity: str | None, offline:
         )
 
     try:
-        return start("offline" if offline else None)
+        run = start("offline" if offline else None)
     except wandb.errors.AuthenticationError as error:
         raise ValueError(f"--report_to_wandb: {error}") from error
     except wandb.errors.CommError as error:  # what a scheduler starts again must not depend on a service
@@ -305,4 +302,7 @@ def _start_wandb(folder: Path, project: str | None, entity: str | None, offline:
         # The attempt still holds the id, also in a service that another process has started.
         wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)
-        return start("offline")
+        run = start("offline")
+    # By its own count of steps, W&B refuses those that a run does again after it has gone back.
+    run.define_metric("*", step_metric="step")
+    return run

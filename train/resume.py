@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,34 +35,92 @@ _NOT_RECORDED = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How long the run is. Progress is counted in samples; an update is a fixed number of them."""
+    """How long the run is, counted in samples: their number per update may change when it is resumed on other ranks.
 
-    samples_per_update: dict[str, int]  # of each dataset, all ranks together
-    updates_per_epoch: int
+    Attributes:
+        samples_per_update: of each dataset, all ranks together.
+        samples_per_epoch: of each dataset, as the flags say; an epoch is as many whole updates as fit, at least one.
+        schedule_unit: the samples per update with which the run began. Warm-up and schedule are counted in updates of
+            this size, so that they stay where they were in the data.
+    """
+
+    samples_per_update: dict[str, int]
+    samples_per_epoch: dict[str, int]
     num_epochs: int
+    schedule_unit: dict[str, int]
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, world_size: int) -> Plan:
         kinds = [kind for kind in ("laion", "mmc4") if getattr(args, f"{kind}_shards") is not None]
         ranks_and_steps = world_size * args.gradient_accumulation_steps
         sizes = {kind: getattr(args, f"batch_size_{kind}") * ranks_and_steps for kind in kinds}
-        updates = min(getattr(args, f"train_num_samples_{kind}") // size for kind, size in sizes.items())
-        return cls(sizes, max(1, updates), args.num_epochs)
+        samples = {kind: getattr(args, f"train_num_samples_{kind}") for kind in kinds}
+        return cls(sizes, samples, args.num_epochs, sizes)
+
+    def _updates_per_epoch(self, size: dict[str, int]) -> int:
+        return max(1, min(self.samples_per_epoch[kind] // size[kind] for kind in size))
 
     @property
-    def total_updates(self) -> int:
-        return self.updates_per_epoch * self.num_epochs
+    def updates_per_epoch(self) -> int:
+        return self._updates_per_epoch(self.samples_per_update)
+
+    def updates_left_in_epoch(self, progress: Progress) -> int:
+        kind = next(iter(self.samples_per_update))
+        size = self.samples_per_update[kind]
+        return max(1, self.updates_per_epoch - -(-progress.samples.get(kind, 0) // size))
+
+    def updates_left(self, progress: Progress) -> int:
+        """Of the whole run; 0 once it has finished."""
+        epochs = self.num_epochs - progress.epoch
+        return 0 if epochs <= 0 else (epochs - 1) * self.updates_per_epoch + self.updates_left_in_epoch(progress)
+
+    def after_update(self, progress: Progress) -> Progress:
+        step, epoch = progress.step + 1, progress.epoch
+        if self.updates_left_in_epoch(progress) == 1:
+            return Progress(step, epoch + 1)
+        return Progress(step, epoch, {k: progress.samples.get(k, 0) + n for k, n in self.samples_per_update.items()})
+
+    def epochs_done(self, progress: Progress) -> float:
+        left = self.updates_left_in_epoch(progress) / self.updates_per_epoch if progress.samples else 1.0
+        return round(progress.epoch + 1 - left, 4)
+
+    def schedule_position(self, progress: Progress) -> float:
+        """In updates of `schedule_unit`: on an unchanged number of ranks, the number of updates done."""
+        kind = next(iter(self.schedule_unit))
+        within = progress.samples.get(kind, 0) / self.schedule_unit[kind]
+        return progress.epoch * self._updates_per_epoch(self.schedule_unit) + within
+
+    @property
+    def schedule_length(self) -> int:
+        return self.num_epochs * self._updates_per_epoch(self.schedule_unit)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: updates done, of whatever size; it never goes back.
+        epoch: epochs finished.
+        samples: of each dataset, all ranks together, since then.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    samples: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class Start:
     """Where this run begins."""
 
-    step: int = 0  # updates done
+    progress: Progress = field(default_factory=Progress)
     data: dict[str, LoaderState] = field(default_factory=dict)
     lanes: int | None = None  # of the run that is continued
     checkpoint: dict[str, Any] | None = None
     path: Path | None = None
+    started_from: str | None = None  # the fingerprint of the checkpoint that the run began with, if it began with one
+    is_new_run: bool = True  # it does not go on from a checkpoint of its own
 
     @property
     def is_sharded(self) -> bool:
@@ -74,14 +132,14 @@ def snapshot(
     world: World,
     plan: Plan,
     lanes: int,
-    step: int,
+    progress: Progress,
     model: Flamingo,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     sources: list[Source],
     scaler: LossScaler | None = None,
+    started_from: str | None = None,
 ) -> dict[str, Any] | None:
-    """Everything that the run needs to go on after update `step`, but its weights and moments. Every rank takes part; rank 0
+    """Everything that the run needs to go on, but its weights and moments. Every rank takes part; rank 0
     gets it, others None."""
     cursors = gather_objects({source.kind: source.last.cursors for source in sources if source.last is not None})
     random_states = gather_objects(checkpoints.random_state())
@@ -92,19 +150,29 @@ def snapshot(
         assert source.last is not None
         lanes_read = {lane: cursor for rank in cursors for lane, cursor in rank[source.kind].items()}
         data[source.kind] = LoaderState(source.last.samples, lanes_read).to_json()
+    rates = [group["lr"] for group in optimizer.param_groups]
     return {
-        "epoch": step // plan.updates_per_epoch - 1,
+        "epoch": progress.epoch - 1,
         "optimizer_parameter_names": parameter_names(model, optimizer),
-        "lr_scheduler_state_dict": {"last_epoch": step, "_last_lr": scheduler.get_last_lr()},
+        # As the reference's LambdaLR reads it. Here the rate is a function of the samples seen.
+        "lr_scheduler_state_dict": {
+            "last_epoch": progress.step,
+            "_step_count": progress.step + 1,
+            "_last_lr": rates,
+            "base_lrs": [group["initial_lr"] for group in optimizer.param_groups],
+            "lr_lambdas": [None] * len(rates),
+        },
         "loss_scaler_state_dict": None if scaler is None else scaler.state_dict(),
-        "step": step,
+        "step": progress.step,
+        "samples_in_epoch": progress.samples,
         "updates_per_epoch": plan.updates_per_epoch,
         "samples_per_update": plan.samples_per_update,
+        "schedule_unit": plan.schedule_unit,
         "data": data,
         "data_lanes": lanes,
         "random_states": random_states,
         "flags": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},
-        "started_from": args.resume_from_checkpoint,
+        "started_from": started_from,
         "versions": _versions(),
     }
 
@@ -119,24 +187,27 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def find_start(args: argparse.Namespace, plan: Plan) -> Start:
-    """Finds the checkpoint to go on from, if there is one, and checks that this run can.
+def find_start(args: argparse.Namespace, plan: Plan) -> tuple[Start, Plan]:
+    """Finds the checkpoint to go on from, if there is one, and checks that this run can; and the plan, on the schedule of the run
+    that goes on.
 
     The newest of the run's folder, or --resume_from_checkpoint: but a run that was started with that flag, and is
     started again with it, goes on from its own newest checkpoint.
 
     Raises ValueError, naming the difference, where the checkpoint is of another model or other data.
     """
-    path = on_main(_choose, args)
+    path, started_from = on_main(_choose, args)
     if path is None:
-        return Start()
+        return Start(), plan
     checkpoint = checkpoints.load(path)
-    start = Start(checkpoint=checkpoint, path=path)
+    given = args.resume_from_checkpoint
+    is_new_run = given is not None and path.resolve() == Path(given).resolve()
+    start = Start(checkpoint=checkpoint, path=path, started_from=started_from, is_new_run=is_new_run)
     if "flags" not in checkpoint:  # made by the reference, or bare weights
-        if "epoch" in checkpoint:
-            start.step = (checkpoint["epoch"] + 1) * plan.updates_per_epoch
-        log.info("starting from %s: its weights%s", path, f", after {start.step:,} updates" if start.step else "")
-        return start
+        epoch = checkpoint.get("epoch", -1) + 1
+        start.progress = Progress(epoch * plan.updates_per_epoch, epoch)
+        log.info("starting from %s: its weights%s", path, f", after {epoch:,} epochs" if epoch else "")
+        return start, plan
 
     flags = vars(args)
     _check(args, path, checkpoints.changed_flags(checkpoint["flags"], flags, MODEL_FLAGS))
@@ -150,40 +221,38 @@ def find_start(args: argparse.Namespace, plan: Plan) -> Start:
         start.lanes = checkpoint["data_lanes"]
         start.data = {kind: LoaderState.from_json(state) for kind, state in checkpoint["data"].items()}
 
-    start.step = checkpoint["step"]
-    if (checkpoint["updates_per_epoch"], checkpoint["samples_per_update"]) != (
-        plan.updates_per_epoch,
-        plan.samples_per_update,
-    ):
-        start.step = _rescaled_step(checkpoint, plan)
+    start.progress = Progress(checkpoint["step"], checkpoint["epoch"] + 1, checkpoint["samples_in_epoch"])
+    if checkpoint["schedule_unit"].keys() == plan.schedule_unit.keys():
+        plan = replace(plan, schedule_unit=checkpoint["schedule_unit"])
+    if checkpoint["samples_per_update"] != plan.samples_per_update:
         log.warning(
-            "an update was %s samples and is now %s: update %d of the checkpoint counts as update %d",
+            "an update was %s samples and is now %s: epochs, warm-up and schedule go on from the same samples",
             checkpoint["samples_per_update"],
             plan.samples_per_update,
-            checkpoint["step"],
-            start.step,
         )
-    log.info("resuming from %s after update %d", path, start.step)
-    return start
+    log.info("resuming from %s after update %d", path, start.progress.step)
+    return start, plan
 
 
-def _choose(args: argparse.Namespace) -> Path | None:
+def _choose(args: argparse.Namespace) -> tuple[Path | None, str | None]:
+    """The checkpoint to go on from, and the fingerprint of the one of --resume_from_checkpoint."""
     folder = Path(args.run_name)
     if args.resume_from_checkpoint is None:
         found = checkpoints.newest_readable(folder)
         if found is None and checkpoints.newest_first(folder):
-            raise ValueError(f"none of the checkpoints in {folder} can be read. Move them away to start anew")
-        return found[0] if found else None
-    for path in checkpoints.newest_first(folder):
+            raise ValueError(f"none of the checkpoints in {folder} can be read. Move them away to start over")
+        return (found[0], found[1].get("started_from")) if found else (None, None)
+    path = Path(args.resume_from_checkpoint)
+    started_from = checkpoints.fingerprint(path)
+    for own in checkpoints.newest_first(folder):
         try:
-            if checkpoints.load(path).get("started_from") == args.resume_from_checkpoint:
-                checkpoints.verify(path)
-                return path
+            if checkpoints.load(own).get("started_from") == started_from:
+                checkpoints.verify(own)
+                return own, started_from
         except ValueError as error:
             log.warning("%s; going back to the one before it", error)
-    path = Path(args.resume_from_checkpoint)
     checkpoints.verify(path)
-    return path
+    return path, started_from
 
 
 def _check(args: argparse.Namespace, path: Path, changes: Any) -> None:
@@ -196,15 +265,6 @@ def _check(args: argparse.Namespace, path: Path, changes: Any) -> None:
             "--run_name, or pass --allow_changed_flags if this is meant"
         )
     log.warning("going on from %s although %s", path, "; ".join(changes))
-
-
-def _rescaled_step(checkpoint: dict[str, Any], plan: Plan) -> int:
-    """The number of updates of this plan that have seen as many samples as the checkpoint's run."""
-    epochs, within = divmod(checkpoint["step"], checkpoint["updates_per_epoch"])
-    kind = next((kind for kind in plan.samples_per_update if kind in checkpoint["samples_per_update"]), None)
-    if kind is not None:
-        within = within * checkpoint["samples_per_update"][kind] // plan.samples_per_update[kind]
-    return epochs * plan.updates_per_epoch + min(within, plan.updates_per_epoch - 1)
 
 
 def restore_model(start: Start, model: Flamingo) -> None:

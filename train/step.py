@@ -1,4 +1,4 @@
-"""One optimiser update."""
+"""One optimizer update."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Source:
         self.dropped: Counter[str] = Counter()  # on purpose, by reason, since the program started
         self.errors: Counter[str] = Counter()
         self.last: Batch | None = None  # whose cursors the next checkpoint stores
-        self.loss = torch.zeros((), device=device)  # the sum over `forwards`; read only where it is logged
+        self.loss = 0.0  # of all ranks together, summed over `forwards`
         self.forwards = self.samples = 0  # of this rank
         self.seconds_waited = 0.0  # for batches
 
@@ -66,7 +66,7 @@ class Source:
 
     def reset(self) -> None:
         """Starts a new span of logging."""
-        self.loss.zero_()
+        self.loss = 0.0
         self.forwards = self.samples = 0
         self.seconds_waited = 0.0
 
@@ -96,7 +96,7 @@ def loss_of(model: nn.Module, batch: Batch, source: Source, precision: str) -> t
 def train_update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    learning_rate: float,
     sources: list[Source],
     accumulation: int,
     precision: str,
@@ -104,13 +104,17 @@ def train_update(
     health: Health | None = None,
     synchronise: Callable[[], None] | None = None,
 ) -> torch.Tensor | None:
-    """Trains on `accumulation` batches of each source; one synchronisation, one clipping, one step of the optimiser.
+    """Trains on `accumulation` batches of each source; one synchronisation, one clipping, one step of the optimizer.
+
+    The loss of a forward pass is the mean over the labeled tokens of all ranks together: each rank's own mean counts by its share
+    of them. So the ranks compute what one rank would of the global batch, to float32 rounding.
 
     Each backward pass follows its forward, so only one batch's activations are held at a time. A batch whose loss is
     not finite on any rank is left out on all, and an update whose gradient norm is not finite changes no weight; either
     counts as done: its samples are behind it, and the schedule has moved on.
 
     Args:
+        learning_rate: of this update.
         scaler: for --precision fp16.
         health: what the ranks agree on; by default of this process alone.
         synchronise: averages the gradients over the ranks without adding to them, where the pass that should have done
@@ -121,6 +125,8 @@ def train_update(
         None where every batch was left out
     """
     health = health or Health()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     used = synchronised = False
     for micro in range(accumulation):
@@ -130,12 +136,13 @@ def train_update(
             health.before_forward(source.kind, batch)
             with gradient_sync(model, synchronise=last):
                 loss = loss_of(model, batch, source, precision)
-                if not health.agree(source.kind, batch, loss):
+                agreed = health.agree(source.kind, batch, loss)
+                if agreed is None:
                     continue
-                weighted = loss * (source.weight / accumulation)
+                weighted = loss * (source.weight / accumulation * agreed.weight)
                 (weighted if scaler is None else weighted * scaler.scale).backward()
             used, synchronised = True, last
-            source.loss += loss.detach()
+            source.loss += agreed.loss
             source.forwards += 1
     gradient_norm = None
     if used:
@@ -146,7 +153,6 @@ def train_update(
             clipped_step(optimizer, gradient_norm, MAX_GRADIENT_NORM)
         else:
             gradient_norm = scaler.step(optimizer, gradient_norm, MAX_GRADIENT_NORM)
-    scheduler.step()
     # Zeroed, not freed: under DDP the gradients are views of its buckets, and fresh ones would be held beside those.
     optimizer.zero_grad(set_to_none=False)
     health.end(gradient_norm, overflow_is_normal=scaler is not None)

@@ -123,7 +123,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     from open_flamingo.train.data.loader import build_loader
     from open_flamingo.train.distributed import gather_objects, together
     from open_flamingo.train.health import Health, Signals, check_finite
-    from open_flamingo.train.optimizer import build_optimizer, build_scheduler
+    from open_flamingo.train.optimizer import build_optimizer, learning_rate
     from open_flamingo.train.parallel import (
         check_compiler,
         compile_blocks,
@@ -134,7 +134,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     )
     from open_flamingo.train.precision import build_loss_scaler, hold_weights
     from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure
-    from open_flamingo.train.resume import Plan, find_start, restore_model, restore_optimizer, snapshot
+    from open_flamingo.train.resume import Plan, Progress, find_start, restore_model, restore_optimizer, snapshot
     from open_flamingo.train.sharded import ShardedSaver
     from open_flamingo.train.step import Source, train_update
 
@@ -147,15 +147,18 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             check_compiler(world.device)
     plan = Plan.from_flags(args, world.world_size)
     with refusing("cannot resume"):
-        start = find_start(args, plan)
+        start, plan = find_start(args, plan)
         options = data_options(args, world, start.lanes)
         sharding = sharding_of(args, world)
-    if start.step >= plan.total_updates:
+    progress = start.progress
+    updates_left = plan.updates_left(progress)
+    total_steps = progress.step + updates_left
+    if not updates_left:
         log.info(
             "nothing left to do: %s has finished its %d epochs (%d updates). Raise --num_epochs to train on",
             args.run_name,
             args.num_epochs,
-            plan.total_updates,
+            total_steps,
         )
         return None
 
@@ -194,7 +197,6 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     with refusing("cannot resume"):
         restore_optimizer(start, world, model, optimizer, scaler)
     start.checkpoint = None  # the memory
-    scheduler = build_scheduler(optimizer, args.lr_scheduler, args.warmup_steps, plan.total_updates, start.step)
 
     # ---------------------------------------------------------------- data
     watchdog.at("opening the data")
@@ -210,14 +212,15 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             for kind, option in options.items()
         ]
 
-    describe(world, model, plan, options, start.step, args.precision, args.run_name)
+    describe(world, model, plan, options, start.progress.step, args.precision, args.run_name)
     with refusing("cannot start"), together():
+        if world.is_main and start.is_new_run:
+            checkpoint.set_aside(folder, start.path)
         reporter = Reporter(
             world.is_main,
             folder,
-            start.step,
-            plan.total_updates,
-            plan.updates_per_epoch,
+            start.progress.step,
+            total_steps,
             flags=vars(args),
             tensorboard=args.report_to_tensorboard,
             wandb=args.report_to_wandb,
@@ -258,29 +261,39 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
                 raise Refused(f"{unsaved}. Start again when there is room (--save_errors warn trains on)") from error
             log.warning("%s; training goes on (--save_errors warn)", unsaved)
 
-    def save(step: int) -> None:
-        epoch, within_epoch = divmod(step, plan.updates_per_epoch)
-        if within_epoch == 0:
-            path = checkpoint.epoch_end_path(folder, epoch - 1, is_sharded)
+    def rate_after(progress: Progress) -> float:
+        position = plan.schedule_position(progress)
+        return learning_rate(args.lr_scheduler, args.learning_rate, position, args.warmup_steps, plan.schedule_length)
+
+    def save(progress: Progress) -> None:
+        if progress.samples:
+            path = checkpoint.within_epoch_path(folder, progress.epoch, progress.step, is_sharded)
         else:
-            path = checkpoint.within_epoch_path(folder, epoch, step, is_sharded)
-        watchdog.at(f"update {step}, saving {path}")
+            path = checkpoint.epoch_end_path(folder, progress.epoch - 1, is_sharded)
+        watchdog.at(f"update {progress.step}, saving {path}")
         with refusing("nothing is saved, and training ends"), together():
             check_finite(model, optimizer)
         lanes = next(iter(options.values())).lanes
         write(saver.finish)  # the one before
-        state = snapshot(args, world, plan, lanes, step, model, optimizer, scheduler, sources, scaler)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_after(progress)  # of the next update, as the reference saves it
+        state = snapshot(
+            args, world, plan, lanes, progress, model, optimizer, sources, scaler, started_from=start.started_from
+        )
         write(partial(saver.save, model, optimizer, state, path))
 
     health = Health(world, folder, signals, watchdog)
     began = span_began = time.perf_counter()
     with signals, closing(saver):
-        for step in range(start.step + 1, plan.total_updates + 1):  # `step` counts updates done, this one included
+        while progress.step < total_steps:
+            rate = rate_after(progress)
+            progress = plan.after_update(progress)
+            step = progress.step
             health.begin(step)
             gradient_norm = train_update(
                 parallel_model,
                 optimizer,
-                scheduler,
+                rate,
                 sources,
                 args.gradient_accumulation_steps,
                 args.precision,
@@ -290,23 +303,24 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             )
             reporter.advance()
 
-            if step % args.logging_steps == 0 or step == plan.total_updates:
+            if step % args.logging_steps == 0 or step == total_steps:
                 now = time.perf_counter()
-                values = measure(world, sources, gradient_norm, float(scheduler.get_last_lr()[0]), now - span_began)
+                values = {"epoch": plan.epochs_done(progress)}
+                values |= measure(world, sources, gradient_norm, rate, now - span_began)
                 values |= {f"bad_batches_{source.kind}": health.bad_batches[source.kind] for source in sources}
                 if scaler is not None:
                     scaling = scaler.state_dict()
                     values |= {"grad_scale": scaling["scale"], "updates_skipped": scaling["skipped"]}
-                values["seconds_left"] = (now - began) / (step - start.step) * (plan.total_updates - step)
+                values["seconds_left"] = (now - began) / (step - start.progress.step) * (total_steps - step)
                 reporter.log(step, values)
                 span_began = now
 
-            ends = step == plan.total_updates or health.stop is not None or health.bad_in_a_row >= args.max_bad_steps
+            ends = step == total_steps or health.stop is not None or health.bad_in_a_row >= args.max_bad_steps
             if ends:
                 health.settle()
             due = args.save_steps and step % args.save_steps == 0
-            if ends or due or step % plan.updates_per_epoch == 0:
-                save(step)
+            if ends or due or not progress.samples:
+                save(progress)
             if ends:
                 break
         write(saver.finish)
@@ -327,10 +341,10 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             f"after update {step}, and stopped. Look at the samples in {folder / 'bad_batches.jsonl'}; try a lower "
             "--learning_rate, or --precision amp_bf16 where it is fp16"
         )
-    if step < plan.total_updates:
+    if step < total_steps:
         log.info("%s: saved after update %d, and stopped. The same command goes on from there", health.stop, step)
         return health.stop
-    log.info("finished: %d epochs, %d updates", args.num_epochs, plan.total_updates)
+    log.info("finished: %d epochs, %d updates", args.num_epochs, total_steps)
     return None
 
 

@@ -144,6 +144,11 @@ class Batch:
     dropped: Counter[str]
     errors: Counter[str]
 
+    @property
+    def num_labels(self) -> int:
+        """Tokens that count in the loss. (The first of a row is never predicted.)"""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
 
 def resolve_workers(workers: int, batch_size: int, world_size: int, lanes: int | None = None) -> int:
     """The largest number of workers up to `workers` that gives each an equal share of a batch, and whole lanes if `lanes` is given.
