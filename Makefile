@@ -49,6 +49,6 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 
-.venv/training .venv/test .venv/benchmark: .venv/bin/python setup.py train/data/resize.c pyproject.toml requirements.txt requirements-training.txt
+.venv/training .venv/test .venv/benchmark: .venv/bin/python setup.py pyproject.toml requirements.txt requirements-training.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(notdir $@)]'
 	touch $@

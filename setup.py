@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import setup
 
 ROOT = Path(__file__).parent
 
@@ -49,8 +49,6 @@ setup(
         "open_flamingo.scripts": "scripts",
         "open_flamingo.scripts.demo": "scripts/demo",
     },
-    # Loaded by images.py, which does without it where no compiler is.
-    ext_modules=[Extension("open_flamingo.train.data._resize", ["train/data/resize.c"], optional=True)],
     install_requires=requirements("requirements.txt"),
     extras_require={"training": TRAINING, "test": TRAINING + TEST, "benchmark": [*TRAINING, "matplotlib"]},
     entry_points={

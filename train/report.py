@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from open_flamingo.train.data.images import resizes_in_c
 from open_flamingo.train.data.loader import DataOptions
 from open_flamingo.train.distributed import World, gather_objects
 from open_flamingo.train.resume import Plan
@@ -84,11 +83,6 @@ def describe(
             option.batch_size,
             plan.samples_per_update[kind],
             option.workers,
-        )
-    if not resizes_in_c():
-        log.info(
-            "pictures are resized by Pillow, and loaders half as fast as with resize.c: it was not compiled (`pip install .` or "
-            "`python setup.py build_ext --inplace` do it, with a C compiler), or this processor has no AVX2"
         )
     log.info(
         "%d epochs of %d updates, %d done; %d lanes; output in %s",
