@@ -90,7 +90,10 @@ class Flamingo(nn.Module):
         rows = add_new_token_rows(self.lang_encoder, [eoc_token_id, media_token_id], train_output_rows)
         rows[0].requires_grad_(not freeze_lm_embeddings)
 
-        self._takes_position_ids = "position_ids" in inspect.signature(self.lang_encoder.forward).parameters
+        parameters = inspect.signature(self.lang_encoder.forward).parameters
+        self._takes_position_ids = "position_ids" in parameters
+        names = ("cache", "past_key_values", "cache_params")  # transformers from 5.24 on, before, and some hybrids
+        self._cache_name = next((name for name in names if name in parameters), "past_key_values")
         self._cached_media: tuple[Tensor, Tensor] | None = None
         self.set_gradient_checkpointing(gradient_checkpointing)
         self.train(self.training)
@@ -174,7 +177,7 @@ class Flamingo(nn.Module):
             positions = attention_mask.long().cumsum(-1).sub_(1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -lang_x.shape[1] :]
         if past_key_values is not None:
-            inputs["past_key_values"] = past_key_values
+            inputs[self._cache_name] = past_key_values
 
         with conditioned(conditioning):
             if labelled is None:
@@ -183,7 +186,7 @@ class Flamingo(nn.Module):
                 logits = self.lang_encoder(**inputs, use_cache=False).logits
                 return CausalLMOutputWithPast(loss=full_loss(logits, *labelled))
             base_model: Any = self.lang_encoder.base_model
-            conditioning.select(lang_x.shape[0], conditioning.start, lang_x.shape[1], past_key_values is not None)
+            conditioning.prepare_for_call(*lang_x.shape, past_key_values)
             with a_text_a_row():
                 hidden_states = base_model(**inputs, use_cache=False)[0]
             return CausalLMOutputWithPast(loss=labelled_loss(self.lang_encoder, hidden_states, *labelled))

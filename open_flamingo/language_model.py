@@ -10,7 +10,7 @@ The model is taken as it is: found by structure, its own `forward` and `generate
 Dimensions: B batch, T text tokens, N images, L latents an image, E image width, D text width, K new tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,15 +45,27 @@ class Conditioning:
     media: Tensor = field(init=False)
     mask: MediaMask = field(init=False)
     uses_cache: bool = field(init=False, default=False)
+    _most_uncached: int = field(init=False, default=0)
 
-    def select(self, batch: int, past_length: int, num_tokens: int, uses_cache: bool = False) -> None:
-        """Set what the layers read for a call of the language model on tokens past_length .. past_length + num_tokens.
+    def prepare_for_call(self, batch: int, num_tokens: int, cache: Any = None, uses_cache: bool = False) -> None:
+        """Set what the layers read during a call of the language model on `num_tokens` tokens that follow those in `cache`.
 
         media: [batch, N·L, E]; mask: of [batch, num_tokens]; uses_cache: whether the call writes to a key-value cache.
         `batch` may be a multiple of B: beam search and `num_return_sequences` repeat each row in place.
+
+        Raises:
+            ValueError: the call goes on from earlier tokens, but has no cache to tell how many.
         """
         images, last = self.latents.shape[1], self.text_time.shape[1] - 1
-        first = past_length - self.start
+        if cache is None:
+            # Then each call has the whole text, which grows as it is generated.
+            if num_tokens <= max(last, self._most_uncached):
+                raise ValueError(
+                    f"a call on {num_tokens} tokens goes on from a text of {max(last + 1, self._most_uncached)}, and none of its "
+                    "arguments is known as a key-value cache: which images its tokens see cannot be told. Pass use_cache=False"
+                )
+            self._most_uncached = num_tokens
+        first = cache_length(cache) - (self.start if cache is not None else 0)
         positions = torch.arange(first, first + num_tokens, device=self.text_time.device).clamp_(0, last)
         text_time, media = self.text_time[:, positions], self.latents.flatten(1, 2)
         repeats, rest = divmod(batch, len(media))
@@ -63,7 +75,7 @@ class Conditioning:
             text_time, media = text_time.repeat_interleave(repeats, 0), media.repeat_interleave(repeats, 0)
         self.media = media
         self.mask = media_mask(text_time, images, self.latents.shape[2])
-        self.uses_cache = uses_cache
+        self.uses_cache = uses_cache or cache is not None
 
 
 _CONDITIONING: ContextVar[Conditioning | None] = ContextVar("conditioning", default=None)
@@ -79,13 +91,29 @@ def conditioned(conditioning: Conditioning) -> Iterator[Conditioning]:
         _CONDITIONING.reset(token)
 
 
-def cache_length(past_key_values: Any) -> int:
+def find_cache(arguments: Iterable[Any]) -> Any:
+    """The key-value cache among the arguments of a call, None if there is none.
+
+    Found by what it is, since its name differs between models and versions of transformers: `past_key_values`, `cache`,
+    `cache_params`.
+    """
+    return next((argument for argument in arguments if _is_cache(argument)), None)
+
+
+def _is_cache(argument: Any) -> bool:
+    if isinstance(argument, (tuple, list)):  # older models: (keys, values) of each layer, at first without a tensor
+        return len(argument) > 0 and all(isinstance(of_layer, (tuple, list)) for of_layer in argument)
+    return callable(getattr(argument, "get_seq_length", None))
+
+
+def cache_length(cache: Any) -> int:
     """How many tokens a key-value cache holds: a `Cache`, the tuples of older models, or None."""
-    if past_key_values is None:
+    if cache is None:
         return 0
-    if hasattr(past_key_values, "get_seq_length"):
-        return int(past_key_values.get_seq_length())
-    return past_key_values[0][0].shape[-2]
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    # Of the values: some models keep their keys transposed.
+    return next((of_layer[1].shape[-2] for of_layer in cache if len(of_layer) > 1), 0)
 
 
 _FIND_PACKED = getattr(masking_utils, "find_packed_sequence_indices", None)
@@ -107,7 +135,7 @@ def a_text_a_row() -> Iterator[None]:
             masking_utils.find_packed_sequence_indices = _FIND_PACKED
 
 
-def _select_images(lang_encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _prepare_conditioning(lang_encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the language model: `generate` calls it with the whole prompt, a piece of it or one token."""
     conditioning = _CONDITIONING.get()
     if conditioning is None:
@@ -115,9 +143,9 @@ def _select_images(lang_encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
-    past = kwargs.get("past_key_values")
-    uses_cache = past is not None or kwargs.get("use_cache") is not False  # by default most models make one
-    conditioning.select(tokens.shape[0], cache_length(past), tokens.shape[1], uses_cache)
+    uses_cache = kwargs.get("use_cache") is not False  # by default most models make one
+    cache = find_cache((*args, *kwargs.values()))
+    conditioning.prepare_for_call(tokens.shape[0], tokens.shape[1], cache, uses_cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +264,7 @@ def add_gated_cross_attention(
         if (index + 1) % every_n_layers == 0:
             gated = GatedCrossAttentionBlock(hidden_size(lang_encoder), dim_visual)
         layers[index] = ConditionedLayer(layer, gated)
-    lang_encoder.register_forward_pre_hook(_select_images, with_kwargs=True)
+    lang_encoder.register_forward_pre_hook(_prepare_conditioning, with_kwargs=True)
     return name, layers
 
 

@@ -189,16 +189,25 @@ class EchoOutput(BaseModelOutputWithPast):
 
 
 class Echo(nn.Module):
-    """Stands in for a language model's base model, and gives the hidden states that it was made with."""
+    """Stands in for a language model's base model: gives the hidden states that it was made with, and has what that one has.
 
-    def __init__(self, hidden_states: Tensor) -> None:
+    (OPT's head calls `model.decoder`; Falcon-H1's reads `model.lm_head_multiplier`.)
+    """
+
+    def __init__(self, base_model: nn.Module, hidden_states: Tensor) -> None:
         super().__init__()
+        self._base_model = [base_model]  # in a list, so as not to become part of this module
         self.hidden_states = hidden_states
 
     @property
     def decoder(self) -> "Echo":
-        """OPT's head calls `model.decoder`."""
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_base_model"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> EchoOutput:
         return EchoOutput(last_hidden_state=self.hidden_states)
@@ -212,7 +221,7 @@ def logits_of(lang_encoder: nn.Module, hidden_states: Tensor) -> Tensor:
     """
     model: Any = copy.copy(lang_encoder)
     model._modules = dict(lang_encoder._modules)
-    model._modules[model.base_model_prefix] = Echo(hidden_states.unsqueeze(0))
+    model._modules[model.base_model_prefix] = Echo(model.base_model, hidden_states.unsqueeze(0))
     return model.forward(input_ids=None, use_cache=False, return_dict=True).logits.squeeze(0)
 
 
