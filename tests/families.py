@@ -22,6 +22,8 @@ LLAMA_LIKE = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": 2,
 }
+# Of state space layers.
+MAMBA_LIKE = LLAMA_LIKE | {"mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 4, "mamba_d_head": 8}
 GPT2_LIKE = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,6 +53,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJ", GPT2_LIKE | {"rotary_dim": 4}),
     "mpt": ("Mpt", {"d_model": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS}),
     "falcon": ("Falcon", {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}),
+    # Its head multiplies by a constant of the base model; each layer has attention and a state space side by side.
+    "falcon_h1": (
+        "FalconH1",
+        MAMBA_LIKE | {"head_dim": 8, "mamba_d_ssm": HIDDEN, "mamba_n_heads": HEADS, "lm_head_multiplier": 0.5},
+    ),
+    # One block of attention, shared by several layers.
+    "zamba2": (
+        "Zamba2",
+        {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}
+        | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1}
+        | {"mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": HEADS, "chunk_size": 4, "adapter_rank": 4},
+    ),
+    "granite_hybrid": (
+        "GraniteMoeHybrid",
+        MAMBA_LIKE
+        | {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"], "logits_scaling": 4.0}
+        | {"shared_intermediate_size": 64, "num_local_experts": 0, "num_experts_per_tok": 0},
+    ),
 }
 CLASS_NAMES = {"gpt2": "GPT2LMHeadModel"}
 CONFIG_NAMES = {"gemma3": "Gemma3TextConfig"}

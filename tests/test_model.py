@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
@@ -19,6 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from open_flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_mask
+from open_flamingo.language_model import conditioned
 from open_flamingo.resampler import FeedForward, PerceiverResampler
 from tests.families import (
     END_OF_CHUNK,
@@ -308,11 +311,51 @@ def test_a_generated_image_token_names_no_image(use_cache: bool) -> None:
     torch.testing.assert_close(torch.stack(out.scores), torch.stack(forced.scores), atol=1e-4, rtol=1e-4)
 
 
-def test_prefill_in_pieces() -> None:
-    model = flamingo(language_model("llama", True), gates=2.0)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("way", ["in pieces", "static", "prompt lookup", "assisted", "wrapped", "beams"])
+def test_every_way_to_generate_sees_the_same_images(family: str, way: str) -> None:
+    model = flamingo(language_model(family, True), gates=2.0)
     prompt, pictures = torch.tensor([[3, IMAGE, 5, 6, IMAGE, 7, 8]]), images(1, 2)
-    whole = model.generate(pictures, prompt, max_new_tokens=6)
-    assert torch.equal(model.generate(pictures, prompt, max_new_tokens=6, prefill_chunk_size=3), whole)
+    kwargs = {"max_new_tokens": 8, "eos_token_id": None}
+    kwargs |= {"num_beams": 3, "num_return_sequences": 2} if way == "beams" else {}
+    expected = model.generate(pictures, prompt, use_cache=False, **kwargs)
+    ways: dict[str, dict[str, Any]] = {
+        "in pieces": {"prefill_chunk_size": 3},
+        "static": {"cache_implementation": "static"},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "assisted": {"assistant_model": language_model(family, True)},
+        "wrapped": {"past_key_values": WrappedCache()},
+    }
+    assert torch.equal(model.generate(pictures, prompt, **kwargs, **ways.get(way, {})), expected)
+
+
+class WrappedCache(DynamicCache):
+    """As caches that quantize, or are kept elsewhere: of a class that is nobody's."""
+
+
+def test_a_cache_counts_under_any_name_and_in_any_form() -> None:
+    model = flamingo(language_model("llama", True), gates=2.0)
+    conditioning = model._condition(images(1, 2), torch.tensor([[3, IMAGE, 5, IMAGE, 6, 7]]), None)
+    keys = torch.zeros(1, 4, 8, 3)  # of three tokens, transposed as Bloom's
+    wrapped = WrappedCache()
+    wrapped.update(keys.transpose(2, 3), keys.transpose(2, 3), 0)
+    model.lang_encoder.forward = lambda *args, **kwargs: None
+    for cache in (wrapped, ((keys, keys.transpose(2, 3)),) * 2):
+        for name in ("cache", "past_key_values", "memory"):
+            with conditioned(conditioning):
+                model.lang_encoder(torch.tensor([[9]]), **{name: cache})
+            seen = conditioning.mask.attend[0, 0, 0].unflatten(0, (2, -1)).all(1)
+            assert seen.tolist() == [False, True]  # the fourth token names the second image
+
+
+def test_a_call_that_goes_on_without_a_known_cache_is_an_error() -> None:
+    model = flamingo(language_model("llama", True))
+    for prompt in (torch.tensor([[3, IMAGE, 5]]), torch.tensor([[IMAGE]])):
+        model.lang_encoder.forward = lambda *args, **kwargs: None
+        with conditioned(model._condition(images(1, 1), prompt, None)):
+            model.lang_encoder(prompt)
+            with pytest.raises(ValueError, match="none of its arguments is known as a key-value cache"):
+                model.lang_encoder(torch.tensor([[7]]), memory=object())
 
 
 def test_generation_ends_with_the_end_of_chunk_and_pads_with_the_padding_token() -> None:
