@@ -27,7 +27,7 @@ from .language_model import (
     output_head,
     run,
 )
-from .loss import LabelledPositions, full_loss, has_base_model, labelled_loss, labelled_positions
+from .loss import LabelledPositions, copy_to, full_loss, has_base_model, labelled_loss, labelled_positions
 from .resampler import PerceiverResampler
 from .vision import patch_tokens, prepare_for_tokens
 from .weights import load_into
@@ -287,7 +287,7 @@ class Flamingo(nn.Module):
             return self._encode(vision_x.flatten(0, 1)).unflatten(0, (rows, slots))
 
         real = [(row, image) for row, count in enumerate(counts) for image in range(count)] or [(0, 0)]
-        index = torch.tensor(real).T.to(vision_x.device, non_blocking=True)
+        index = copy_to(vision_x.device, torch.tensor(real).T)
         images = vision_x[index[0], index[1]] if slots else vision_x.new_zeros(1, *vision_x.shape[2:])
         latents = self._encode(images)
         padded = latents.new_zeros(rows, most, *latents.shape[1:])

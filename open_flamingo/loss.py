@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .language_model import heads_are_tied, input_embedding, output_head
@@ -49,7 +50,16 @@ def labelled_positions(labels: Tensor, device: torch.device) -> LabelledPosition
     """
     targets = labels[:, 1:].flatten()
     positions = (targets != IGNORED).nonzero().squeeze(-1)
-    return LabelledPositions(positions.to(device, non_blocking=True), targets[positions].to(device, non_blocking=True))
+    return LabelledPositions(copy_to(device, positions), copy_to(device, targets[positions]))
+
+
+def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """`tensor` on `device`. From the CPU to a GPU, without waiting for what is queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(
+            device, non_blocking=True
+        )  # from other memory, not to wait is not to be relied on
+    return tensor.to(device)
 
 
 def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
@@ -71,14 +81,24 @@ def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Ten
     owner = input_embedding(lang_encoder) if heads_are_tied(lang_encoder) else output_head(lang_encoder)
     trained_rows = [] if owner is None else [p for p in owner.parameters() if p.requires_grad]
     with _head_in_the_type_of_products(lang_encoder, device_type):
-        if torch.is_grad_enabled():
+        pieces = zip(hidden_states.split(chunk), targets.split(chunk))
+        if torch.is_grad_enabled() and dtype == torch.float16:
+            # The loss scale must come before any rounding to float16: so gradients wait for the backward pass, and logits are made
+            # a second time there.
+            losses = [checkpoint(_summed_loss, lang_encoder, *piece, use_reentrant=False) for piece in pieces]
+            total = torch.stack(losses).sum()
+        elif torch.is_grad_enabled():
             logits = partial(logits_of, lang_encoder)
             total = _SummedLoss.apply(logits, chunk, summed, hidden_states, targets, *trained_rows)
         else:
             total = hidden_states.new_zeros((), dtype=torch.float32)
-            for hidden, target in zip(hidden_states.split(chunk), targets.split(chunk)):
-                total += F.cross_entropy(logits_of(lang_encoder, hidden).float(), target, reduction="sum")
+            for piece in pieces:
+                total += _summed_loss(lang_encoder, *piece)
     return total / max(1, len(targets))
+
+
+def _summed_loss(lang_encoder: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(lang_encoder, hidden_states).float(), targets, reduction="sum")
 
 
 @contextmanager
@@ -171,7 +191,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, summed: int) -> Tensor:
 
 
 def _scaled(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
-    return [(tensor.float() * by).to(tensor.dtype) for tensor in tensors]  # fp16's scale may be beyond float16
+    return [(tensor.float() * by).to(tensor.dtype) for tensor in tensors]
 
 
 def full_loss(logits: Tensor, positions: Tensor, targets: Tensor) -> Tensor:

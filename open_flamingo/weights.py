@@ -55,10 +55,12 @@ def with_rows(module: Any) -> Tensor:
     return weight
 
 
-def is_kept(model: "Flamingo", name: str, parameter: nn.Parameter) -> bool:
-    """Whether a checkpoint holds this parameter: see `trained_state_dict`."""
-    frozen_but_kept = name.startswith(LANGUAGE_MODEL) and "embed" in name
-    return parameter.requires_grad or frozen_but_kept or name in (embedding_name(model), head_name(model))
+def saved_parameters(model: "Flamingo") -> Iterator[tuple[str, nn.Parameter]]:
+    """What a checkpoint holds, as it is in the model: see `trained_state_dict`."""
+    matrices = (embedding_name(model), head_name(model))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or name in matrices or (name.startswith(LANGUAGE_MODEL) and "embed" in name):
+            yield name, parameter
 
 
 def trained_tensors(model: "Flamingo") -> Iterator[tuple[str, Tensor]]:
@@ -68,8 +70,8 @@ def trained_tensors(model: "Flamingo") -> Iterator[tuple[str, Tensor]]:
     none holds one whole tensor at a time.
     """
     embedding, head = embedding_name(model), head_name(model)
-    for name, parameter in model.named_parameters():
-        if name not in (embedding, head) and not name.endswith(ROWS) and is_kept(model, name, parameter):
+    for name, parameter in saved_parameters(model):
+        if name not in (embedding, head) and not name.endswith(ROWS):
             yield name, whole(parameter)
     matrix = with_rows(input_embedding(model.lang_encoder))
     yield embedding, matrix

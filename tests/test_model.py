@@ -267,6 +267,22 @@ def test_autocast(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart < 0.02 * torch.stack([gradient.norm() for gradient in theirs]).norm()
 
 
+def test_in_float16_the_loss_scale_comes_before_any_rounding() -> None:
+    model, (token_ids, mask, labels) = flamingo(language_model("llama", False)), text()
+    with torch.no_grad():
+        model.lang_encoder.lm_head.weight.mul_(4)
+        # Of what it is sure of, and right about, the gradients of the logits are less than float16's least number.
+        labels[:, 1:] = model(images(3, 2), token_ids, mask).logits[:, :-1].argmax(-1)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(images(3, 2), token_ids, mask, labels).loss
+        logits = model(images(3, 2), token_ids, mask).logits
+    naive = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    mine, theirs = (torch.autograd.grad(one * 2**12, trained) for one in (loss, naive))
+    for one, other in zip(mine, theirs):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_frozen_weights_in_half_precision() -> None:
     """A later step keeps what is frozen in bfloat16; what is trained stays in float32."""
     model, (token_ids, mask, labels) = flamingo(language_model("llama", True)), text()

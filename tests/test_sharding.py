@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
-from open_flamingo.train.parallel import shard_size
+from open_flamingo.train.distributed import distributed, find_place
+from open_flamingo.train.parallel import Sharding, parallelise, shard_size
 from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name
@@ -140,6 +143,19 @@ def test_a_sharded_checkpoint_becomes_the_file_that_would_have_been_written(flag
     for checkpoint in (made, written):
         del checkpoint["flags"]["checkpoint_format"]
     assert_same(made, written)
+
+
+@pytest.mark.parametrize("shard_frozen", [True, False])
+def test_each_weight_is_sent_to_the_other_ranks_once(shard_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    with distributed(find_place(), "env://", "gloo", group_of_one=True) as world:
+        model = small_flamingo("llama", False)
+        expected = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
+        alone = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+        monkeypatch.setattr("open_flamingo.train.parallel.init_device_mesh", lambda *args, **kwargs: alone)
+        monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, src: sent.append(tensor.numel()))
+        parallelise(model, replace(world, world_size=2), Sharding(2, shard_frozen))
+    assert sum(sent) == expected
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

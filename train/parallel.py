@@ -88,8 +88,9 @@ def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     # FSDP warns where a unit returns a view, since writing into it would lose its gradient. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    placed: set[int] = set()
     for unit in units(model):
-        place(unit, model, world)
+        place(unit, model, world, placed)
         kept_whole = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
         if any(parameter not in kept_whole for parameter in unit.parameters()):
             fully_shard(unit, mesh=mesh, ignored_params=kept_whole)
@@ -121,14 +122,18 @@ def _repeated_blocks(tower: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def place(unit: nn.Module, model: nn.Module, world: World) -> None:
+def place(unit: nn.Module, model: nn.Module, world: World, done: set[int] | None = None) -> None:
     """Puts the parameters and buffers of `unit` on the device, as they are on rank 0, wherever `model` uses them.
 
     What is sharded already stays as it is, and tied parameters stay tied.
+
+    Args:
+        done: ids of the tensors that are in place, which stay as they are; added to.
     """
     placed: dict[int, Tensor] = {}
+    done = set() if done is None else done
     for tensor in [*unit.parameters(), *unit.buffers()]:
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, DTensor) or id(tensor) in done:
             continue
         value = tensor.detach().to(world.device) if world.is_main else torch.empty_like(tensor, device=world.device)
         if world.world_size > 1:
@@ -136,6 +141,7 @@ def place(unit: nn.Module, model: nn.Module, world: World) -> None:
         if isinstance(tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         placed[id(tensor)] = value
+        done.add(id(value))
     for module in model.modules():
         owners: list[dict[str, Any]] = [module._parameters, module._buffers]
         for owned in owners:

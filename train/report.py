@@ -98,17 +98,18 @@ def measure(
     world: World, sources: list[Source], gradient_norm: torch.Tensor | None, learning_rate: float, seconds: float
 ) -> dict[str, Any]:
     """The values of a log line, of the `seconds` since the last one; None for what is not finite, or was left out."""
-    counts = gather_objects({source.kind: (source.dropped, source.errors) for source in sources})
+    waited = sum(source.seconds_waited for source in sources)
+    ranks = gather_objects((waited, {source.kind: (source.dropped, source.errors) for source in sources}))
     values: dict[str, Any] = {
         "lr": learning_rate,
         "grad_norm": None if gradient_norm is None else _finite(gradient_norm.item()),
     }
-    values["data_wait"] = sum(source.seconds_waited for source in sources) / seconds
+    values["data_wait"] = max(waited for waited, _ in ranks) / seconds  # all wait for the slowest
     for source in sources:
         values[f"loss_{source.kind}"] = source.loss / source.forwards if source.forwards else None
         values[f"samples_per_second_{source.kind}"] = source.samples * world.world_size / seconds
-        values[f"dropped_{source.kind}"] = dict(sum((rank[source.kind][0] for rank in counts), Counter()))
-        values[f"errors_{source.kind}"] = dict(sum((rank[source.kind][1] for rank in counts), Counter()))
+        values[f"dropped_{source.kind}"] = dict(sum((counts[source.kind][0] for _, counts in ranks), Counter()))
+        values[f"errors_{source.kind}"] = dict(sum((counts[source.kind][1] for _, counts in ranks), Counter()))
         source.reset()
     return values
 

@@ -338,7 +338,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
 def _like(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a whole `moment`, sharded as its parameter is. (The number of steps, a scalar, never is.)"""
     if not isinstance(parameter, DTensor) or moment.ndim == 0:
-        return moment.clone()
+        # On the CPU a copy of what is mapped from the file; to a GPU it goes straight from there.
+        return moment.to(parameter.device, copy=True)
     # Every rank has the file, and takes its own part of it: nothing is sent.
     moment = moment.to(parameter.device)
     return distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None)

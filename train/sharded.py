@@ -35,7 +35,7 @@ from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.arguments import SHARDED_STATE
 from open_flamingo.train.distributed import on_main, together
 from open_flamingo.train.optimizer import parameter_names
-from open_flamingo.weights import ROWS, embedding_name, head_name, is_kept
+from open_flamingo.weights import ROWS, embedding_name, head_name, saved_parameters
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 def _weights(model: Flamingo, only_trained: bool) -> dict[str, Tensor]:
     return {
         f"model/{name}": parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or (not only_trained and is_kept(model, name, parameter))
+        for name, parameter in saved_parameters(model)
+        if parameter.requires_grad or not only_trained
     }
 
 

@@ -306,7 +306,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             if step % args.logging_steps == 0 or step == total_steps:
                 now = time.perf_counter()
                 values = {"epoch": plan.epochs_done(progress)}
-                values |= measure(world, sources, gradient_norm, rate, now - span_began)
+                values |= measure(world, sources, gradient_norm, rate_after(progress), now - span_began)
                 values |= {f"bad_batches_{source.kind}": health.bad_batches[source.kind] for source in sources}
                 if scaler is not None:
                     scaling = scaler.state_dict()
