@@ -273,6 +273,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=use_local_files, trust_remote_code=trust_remote_code, cache_dir=cache_dir
         )
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer has no eos_token, with which every text ends: set it in tokenizer_config.json"
+            )
     new = [token for token in (END_OF_CHUNK, IMAGE) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
     if tokenizer.pad_token is None:

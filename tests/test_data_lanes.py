@@ -269,7 +269,7 @@ def test_a_pass_that_yields_nothing_stops_the_run(tmp_path: Path) -> None:
     write_laion(tmp_path, shards=3, samples=2)
     urls = [str(path) for path in sorted(tmp_path.iterdir())]
     lane, counts = lane_of(urls, refuse)
-    with pytest.raises(DataError, match=r"whole pass over the laion shards \(3\).*laion-00000.\.tar.*'refused'"):
+    with pytest.raises(DataError, match=r"^3 of the 3 laion shards.* yielded no sample.*laion-00000.\.tar.*'refused'"):
         next(lane)
     assert counts.dropped["refused"] >= 6
 
@@ -280,6 +280,63 @@ def test_a_pass_that_yields_nothing_stops_the_run(tmp_path: Path) -> None:
 
     lane, _ = lane_of(urls, accept_last)
     assert len(list(islice(lane, 100))) == 100, "one good shard is enough, whenever it comes"
+
+
+def test_a_hundred_shards_that_yield_nothing_stop_the_run_before_a_pass_of_thousands(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.txt", b"")])
+    for number in range(1, 150):
+        (tmp_path / f"{number}.tar").hardlink_to(tmp_path / "0.tar")
+    lane, counts = lane_of([str(path) for path in tmp_path.iterdir()], refuse)
+    with pytest.raises(DataError, match=r"^100 of the 150 laion shards, one after another, yielded no sample"):
+        next(lane)
+    assert counts.dropped == {"refused": 100}
+
+
+JPEG = picture(np.random.default_rng(0), "red")
+WRONG_TARS = {
+    "images first": (
+        [f"{i}.{suffix}" for suffix in ("jpg", "txt") for i in range(5)],
+        r"0\.txt is apart from 0\.jpg.*--sort=name",
+    ),
+    "in no order": (
+        ["2.txt", "0.jpg", "1.jpg", "0.txt", "2.jpg", "1.txt"],
+        r"0\.txt is apart from 0\.jpg.*--sort=name",
+    ),
+    "dots": (
+        [f"{i}.input.{suffix}" for i in range(5) for suffix in ("jpg", "txt")],
+        r"\d\.input\.jpg has .* 'input\.jpg'.*for are jpg",
+    ),
+    "dots in one": (
+        [f"{i}.{suffix}" for i in range(5) for suffix in ("jpg", "v2.TXT")],
+        r"\d\.v2\.txt has .* 'v2\.txt'.*for are jpg",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TARS)
+def test_tars_that_were_made_wrong_are_told_how_to_be_made(name: str, tmp_path: Path) -> None:
+    files, message = WRONG_TARS[name]
+    write_tar(tmp_path / "a.tar", [(file, JPEG if file.endswith("jpg") else b"a caption") for file in files])
+    reason = "not_adjacent" if "apart" in message else "unknown_suffix"
+    with loader("laion", str(tmp_path / "a.tar"), lanes=1) as batches:
+        with pytest.raises(DataError, match=f"'{reason}': .*for example .*{message}"):
+            next(batches)
+
+
+def test_a_document_with_two_dots_in_its_name_is_told_of(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.v2.json", b"{}")])
+    with loader("mmc4", str(tmp_path / "a.tar"), lanes=1) as batches:
+        with pytest.raises(DataError, match=r"'unknown_suffix': 1.*a\.v2\.json .*for are json"):
+            next(batches)
+
+
+def test_files_that_are_apart_leave_the_samples_around_them_alone(tmp_path: Path) -> None:
+    names = ["a.jpg", "b.jpg", "b.txt", "a.txt", "b.jpg", "b.txt", "c.json", "c.jpg", "c.txt"]
+    write_tar(tmp_path / "a.tar", [(name, b"") for name in names])
+    counts = Counts()
+    found = [(raw["__key__"], *list(raw)[2:]) for raw in read_shard(str(tmp_path / "a.tar"), counts)]
+    assert found == [("a", "jpg"), ("b", "jpg", "txt"), ("b", "jpg", "txt"), ("c", "json", "jpg", "txt")]
+    assert counts.errors == {"not_adjacent": 1}
 
 
 def test_unreadable_shards_alone_stop_the_run(tmp_path: Path) -> None:
@@ -348,7 +405,7 @@ def test_broken_documents_are_counted(tmp_path: Path) -> None:
 def test_hopeless_data_stops_the_training_process_with_a_clean_message(tmp_path: Path, workers: int) -> None:
     write_tar(tmp_path / "a.tar", [(f"{i}.txt", b"no picture") for i in range(5)])
     with loader("laion", str(tmp_path / "a.tar"), lanes=2, workers=workers) as batches:
-        with pytest.raises(DataError, match=r"^a whole pass over the laion shards \(1\).*a\.tar.*'no_image'") as caught:
+        with pytest.raises(DataError, match=r"^1 of the 1 laion shards.*a\.tar.*'no_image'") as caught:
             next(batches)
         assert "Traceback" not in str(caught.value)
         with pytest.raises(StopIteration):

@@ -94,3 +94,10 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(kind: str, monkeypatch: 
             assert TextEncoder(used, length)(parts) == expected, (parts, length)
             saved += max(seen) < len(whole)
     assert saved > 100, "or the whole text was looked at"
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused_at_once() -> None:
+    used = wrapped(word_piece())
+    used.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        TextEncoder(used, 8)

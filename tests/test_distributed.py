@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +85,38 @@ def test_a_run_goes_on_on_another_number_of_processes(flags: list[str], tmp_path
     one, moved = (torch.load(tmp_path / name / "checkpoint_1.pt", weights_only=True) for name in ("one", "moved"))
     assert moved["data"] == one["data"]
     assert moved["step"] == one["step"] == 8
+
+
+LISTS_SHARDS = """
+import sys
+from open_flamingo.train.arguments import parse_args
+from open_flamingo.train.distributed import distributed, find_place
+from open_flamingo.train.train import data_options
+
+args = parse_args(sys.argv[1:])
+with distributed(find_place(), args.dist_url, "gloo") as world:
+    print(data_options(args, world, None)["laion"].shards)
+"""
+
+
+def test_ranks_train_on_the_list_of_shards_that_rank_0_found(tmp_path: Path) -> None:
+    """A listing of NFS may be older on another node; here the second rank would find no shard at all."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    for name in ("1.tar", "0.tar"):
+        (tmp_path / "0" / name).touch()
+    command = [sys.executable, "-c", LISTS_SHARDS, "--laion_shards=*.tar", f"--dist-url=file://{tmp_path}/meet"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path / str(rank),
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate()[0] for rank in ranks] == ["('0.tar', '1.tar')\n"] * 2
 
 
 def wait_for(condition, process) -> None:

@@ -281,6 +281,20 @@ SHARDS: dict[str, Callable[[], tuple[bytes, list[str], list[str]]]] = {
     ),
     "members named ../x": lambda: (tar_of(*pair("../x"), *pair("/etc/y")), ["../x", "/etc/y"], []),
     "links and devices": lambda: (tar_of(*pair("a"), *LINKS, *pair("b")), ["a", "b"], []),
+    "a Mac's tar": lambda: (
+        tar_of(
+            *[
+                plain(f"d/{name}", b"Mac OS X")
+                for name in (".DS_Store", "._a.jpg", "PaxHeaders.7/a.jpg", "__MACOSX/a.jpg")
+            ],
+            pair("d/a")[0],
+            *[plain(name, b"Mac OS X") for name in ("d/._a.txt", "__MACOSX/d/._a.txt", "PaxHeader/a.txt")],
+            pair("d/a")[1],
+            plain("d/._b.jpg", b"Mac OS X"),
+        ),
+        ["d/a"],
+        [],
+    ),
     "names for a terminal": lambda: (tar_of(*pair("\x1b[2Ja\n")), ["\\x1b[2Ja\\n"], []),
     "a long name": lambda: (tar_of(*pair("d/" * 1000 + "a")), ["d/" * 1000 + "a"], []),
     "a name of 60,000 slashes": lambda: (tar_of(plain("/" * 60_000, b""), *pair("a")), ["a"], []),

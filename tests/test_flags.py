@@ -13,7 +13,7 @@ import pytest
 
 from open_flamingo.train.arguments import build_parser, parse_args
 from open_flamingo.train.train import main
-from tests.tiny import ROOT, write_backbones
+from tests.tiny import ROOT, TOKENIZER, write_backbones
 
 WHOLE_FROM_1 = "must be a whole number of at least 1"
 WHOLE_FROM_0 = "must be a whole number of at least 0"
@@ -61,9 +61,12 @@ WRONG: dict[str, dict[str, str]] = {
         "": "names no shard",
         "{tmp}/{0..3}.tar": "matches no file",
         "{tmp}/{0..3.tar": "unbalanced braces",
-        "{tmp}/empty": "not a file",
+        "{tmp}/empty": "is a folder",
+        "{tmp}/*.tar": "matches no file",
+        "@{tmp}/gone.txt": "cannot be read",
     },
     "--mmc4_shards": {"::": "names no shard", "{tmp}/gone.tar": "matches no file"},
+    "--missing_shards": {"ignore": "choose from"},
     "--batch_size_laion": NOT_WHOLE_FROM_1,
     "--batch_size_mmc4": NOT_WHOLE_FROM_1,
     "--train_num_samples_laion": NOT_WHOLE_FROM_1 | {"5000": "The nearest that agree"},
@@ -241,6 +244,7 @@ def test_a_language_model_without_a_tokenizer_asks_for_one(refusal, tmp_path: Pa
     [
         ("--vision_encoder_pretrained", "openia", "neither a file nor an OpenCLIP weight tag of"),
         ("--vision_encoder_pretrained", "{tmp}/not.pt", "do not fit the vision encoder"),
+        ("--tokenizer_path", "{tmp}/no_eos", "the tokenizer has no eos_token"),
         ("--lm_path", "no/such-model", "--tokenizer_path, by default that of --lm_path"),
         ("--cross_attn_every_n_layers", "3", "must be 1 to 2 for this model, not 3"),
     ],
@@ -250,6 +254,9 @@ def test_what_only_the_backbones_can_tell(
 ) -> None:
     """Exit code 1: the ranks have met, so it is no longer a matter of one process and its command line."""
     (tmp_path / "not.pt").write_bytes(b"not weights")
+    (tmp_path / "no_eos").mkdir()
+    for file, old in (("tokenizer.json", ""), ("tokenizer_config.json", '"eos_token": "<|endoftext|>",')):
+        (tmp_path / "no_eos" / file).write_text((TOKENIZER / file).read_text().replace(old, ""))
     value = value.replace("{tmp}", str(tmp_path))
     with pytest.raises(SystemExit) as refused:
         main([*flags, f"--run_name={tmp_path / 'run'}", f"{flag}={value}"])

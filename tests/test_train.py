@@ -262,6 +262,27 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
         assert load(tmp_path / "checkpoint_1.pt")["step"] == 8
 
 
+def test_a_shard_that_appears_between_two_runs_is_refused_as_it_changes_the_order(
+    flags: list[str], shards: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "laion"
+    folder.mkdir()
+    names = [f"{number:02}.tar" for number in range(10)]
+    for name in names:
+        shutil.copy(shards["laion"].replace("{000000..000002}", "000000"), folder / name)
+    (folder / names[4]).rename(tmp_path / "later.tar")
+    flags = [*flags, f"--laion_shards={folder}/{{00..09}}.tar", f"--run_name={tmp_path / 'run'}"]
+    main([*flags, "--num_epochs=1"])
+    assert "--laion_shards: 1 of 10 shards do not exist" in said(caplog)
+    (tmp_path / "later.tar").rename(folder / names[4])
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert re.search(r"--laion_shards found 9 shards \(\w+\) and now finds 10 shards", said(caplog))
+    main([*flags, "--allow_changed_flags"])
+    assert "the data start from their beginning" in said(caplog)
+    assert load(tmp_path / "run" / "checkpoint_1.pt")["step"] == 8
+
+
 def test_weights_start_a_run_and_a_restart_of_it_goes_on_from_its_own(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,6 +54,9 @@ SHARDED_STATE = "state.pt"
 # for the name of one, of which multiprocessing takes 32.
 MAX_TEMPORARY_FOLDER = 75
 
+# The rank of this process, as launchers say it: see `distributed.find_place`.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "HOROVOD_RANK")
+
 T = TypeVar("T", int, float)
 
 
@@ -209,10 +212,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     data = parser.add_argument_group(
-        "data", "Shards are brace patterns, several joined by '::'; local paths, http(s)://, s3:// or pipe:<command>."
+        "data",
+        "Shards are brace patterns, '*.tar', or '@list.txt' with one of these per line, several joined by '::'; local paths, "
+        "http(s)://, s3:// or pipe:<command>.",
     )
     data.add_argument("--laion_shards", help="image-caption shards, e.g. /data/laion/{00000..01000}.tar")
     data.add_argument("--mmc4_shards", help="interleaved-document shards, e.g. s3://bucket/mmc4/{000..999}.tar")
+    data.add_argument(
+        "--missing_shards",
+        choices=["warn", "stop"],
+        default="warn",
+        help="when local shards of a pattern do not exist: warn and train on the others while at least 90 %% exist, or stop",
+    )
     data.add_argument("--batch_size_laion", type=positive_int, default=128, help="pairs a rank and forward pass")
     data.add_argument("--batch_size_mmc4", type=positive_int, default=128, help="documents a rank and forward pass")
     data.add_argument(
@@ -440,7 +451,8 @@ def check(args: argparse.Namespace) -> None:
     if not kinds:
         raise ValueError("no data: give --laion_shards, --mmc4_shards or both")
     for kind in kinds:
-        check_shards(f"--{kind}_shards", getattr(args, f"{kind}_shards"))
+        if is_first_process():  # others get the list from rank 0
+            check_shards(f"--{kind}_shards", getattr(args, f"{kind}_shards"), args.missing_shards)
     check_numbers(args, kinds)
     check_backbones(args)
     check_temporary_folder(args)
@@ -454,6 +466,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--save_checkpoints_to_wandb uploads files: it needs --checkpoint_format file")
     if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
         raise ValueError(f"--fsdp_shard_size {args.fsdp_shard_size} needs --fsdp --fsdp_sharding_strategy hybrid")
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0 by its launcher's variables, as far as they tell before torch is imported."""
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
 
 
 def check_temporary_folder(args: argparse.Namespace) -> None:

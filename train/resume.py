@@ -18,6 +18,7 @@ from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train import sharded
 from open_flamingo.train.arguments import DATA_FLAGS, MODEL_FLAGS
 from open_flamingo.train.data.loader import LoaderState
+from open_flamingo.train.data.shards import shards_digest
 from open_flamingo.train.distributed import World, gather_objects, on_main
 from open_flamingo.train.optimizer import parameter_names
 from open_flamingo.train.precision import LossScaler
@@ -170,6 +171,7 @@ def snapshot(
         "schedule_unit": plan.schedule_unit,
         "data": data,
         "data_lanes": lanes,
+        "shards": {source.kind: shards_digest(source.loader.dataset.order.urls) for source in sources},
         "random_states": random_states,
         "flags": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},
         "started_from": started_from,
@@ -232,6 +234,29 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[Start, Plan]:
         )
     log.info("resuming from %s after update %d", path, start.progress.step)
     return start, plan
+
+
+def check_shard_lists(args: argparse.Namespace, start: Start, shards: dict[str, Any]) -> None:
+    """Compares `shards`, the list of URLs of each dataset, with what the checkpoint of `start` was trained on: its cursors count in
+    that list. Where the flags were found to differ already, there is nothing to compare.
+
+    Raises ValueError where shards have come or gone since, unless --allow_changed_flags: then the data start from the beginning.
+    """
+    if not start.data:
+        return
+    assert start.checkpoint is not None
+    assert start.path is not None
+    saved = start.checkpoint.get("shards", {})
+    changes = [
+        f"--{kind}_shards found {saved[kind]} and now finds {digest}: files have come or gone, or a list was edited; put them back "
+        "as they were"
+        for kind, urls in shards.items()
+        if kind in saved and saved[kind] != (digest := shards_digest(urls))
+    ]
+    _check(args, start.path, changes)
+    if changes:
+        start.data = {}
+        log.warning("the data start from their beginning, since they are not those of %s", start.path)
 
 
 def _choose(args: argparse.Namespace) -> tuple[Path | None, str | None]:

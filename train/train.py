@@ -134,7 +134,15 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     )
     from open_flamingo.train.precision import build_loss_scaler, hold_weights
     from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure
-    from open_flamingo.train.resume import Plan, Progress, find_start, restore_model, restore_optimizer, snapshot
+    from open_flamingo.train.resume import (
+        Plan,
+        Progress,
+        check_shard_lists,
+        find_start,
+        restore_model,
+        restore_optimizer,
+        snapshot,
+    )
     from open_flamingo.train.sharded import ShardedSaver
     from open_flamingo.train.step import Source, train_update
 
@@ -149,6 +157,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     with refusing("cannot resume"):
         start, plan = find_start(args, plan)
         options = data_options(args, world, start.lanes)
+        check_shard_lists(args, start, {kind: option.shards for kind, option in options.items()})
         sharding = sharding_of(args, world)
     progress = start.progress
     updates_left = plan.updates_left(progress)
@@ -363,7 +372,8 @@ def sharding_of(args: argparse.Namespace, world: World) -> Sharding | None:
 def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None) -> dict[str, DataOptions]:
     """What each dataset's loader needs to know. `saved_lanes`: those of the run that is continued."""
     from open_flamingo.train.data.loader import DataOptions, resolve_lanes, resolve_workers
-    from open_flamingo.train.data.shards import expand_shards
+    from open_flamingo.train.data.shards import resolve_shards
+    from open_flamingo.train.distributed import on_main
 
     lanes = resolve_lanes(args.data_lanes or saved_lanes, world.world_size, args.workers)
     options = {}
@@ -373,7 +383,7 @@ def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None
         batch_size = getattr(args, f"batch_size_{kind}")
         options[kind] = DataOptions(
             kind=kind,
-            shards=tuple(expand_shards(spec)),
+            shards=tuple(on_main(resolve_shards, f"--{kind}_shards", spec, args.missing_shards)),
             batch_size=batch_size,
             workers=resolve_workers(args.workers, batch_size, world.world_size, lanes),
             seed=args.seed,

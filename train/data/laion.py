@@ -6,7 +6,7 @@ from typing import Any
 
 from open_flamingo.train.data.images import ImagePreparer
 from open_flamingo.train.data.lanes import Counts, Randomness, RawSample
-from open_flamingo.train.data.samples import Drop, Sample, SampleError
+from open_flamingo.train.data.samples import Drop, Sample, SampleError, check_suffixes
 from open_flamingo.train.data.text import TextEncoder
 
 MAX_TOKENS = 32
@@ -16,7 +16,8 @@ IMAGE_SUFFIXES = ("jpg", "png", "jpeg")  # the first that is there
 class LaionPreparer:
     """Raw sample (`jpg`, `png` or `jpeg`, and `txt`) → `<image>{caption}<|endofchunk|>{eos}` and one picture.
 
-    Drops `no_caption`, `no_image`, `image_too_large`; errors `bad_caption` (not UTF-8) and `corrupt_image`.
+    Drops `no_caption`, `no_image`, `image_too_large`; errors `unknown_suffix`, `bad_caption` (not UTF-8) and
+    `corrupt_image`.
     """
 
     def __init__(self, tokenizer: Any, prepare_image: ImagePreparer) -> None:
@@ -24,11 +25,10 @@ class LaionPreparer:
         self.prepare_image = prepare_image
 
     def __call__(self, raw: RawSample, randomness: Randomness, counts: Counts) -> Sample:
-        if "txt" not in raw:
-            raise Drop("no_caption")
         image = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
-        if image is None:
-            raise Drop("no_image")
+        if image is None or "txt" not in raw:
+            check_suffixes(raw, (*IMAGE_SUFFIXES, "txt"))
+            raise Drop("no_image" if "txt" in raw else "no_caption")
         if self.prepare_image.too_large(image):
             raise Drop("image_too_large")
         try:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Cursor = tuple[int, int]
 
-# A shard of nothing but broken samples is the sign of a wrong data set, not of bad luck.
+# Broken samples in a row, or shards in a row that yield none, that show a wrong data set rather than bad luck.
 FAILURES_IN_A_ROW = 100
 # Of the shuffle buffer of a lane: 500 LAION samples are 10 MB, 32 MMC4 documents too. Only large files come near it.
 BUFFER_BYTES = 256 << 20
@@ -136,7 +136,7 @@ class Lane:
         cursor: where to begin; (0, 0) is the beginning.
         counts: where drops and errors are counted; may be shared between lanes.
 
-    Raises DataError (from `next`) after 100 failures in a row, or when every shard of the list has yielded nothing.
+    Raises DataError (from `next`) after 100 failures in a row, or when 100 shards in a row, or all of the list, yielded nothing.
     """
 
     def __init__(
@@ -174,10 +174,11 @@ class Lane:
                 self._failed(error, url)
             if not fruitful:
                 self._barren.add(url)
-                if len(self._barren) == len(set(self._order.urls)):
+                shards = len(set(self._order.urls))
+                if len(self._barren) == min(FAILURES_IN_A_ROW, shards):
                     raise DataError(
-                        f"a whole pass over the {self._order.kind} shards ({len(self._order.urls)}) yielded no sample; the last "
-                        f"one is {url}. Left out so far: {dict(self._counts.dropped)}, broken: {dict(self._counts.errors)}"
+                        f"{len(self._barren)} of the {shards} {self._order.kind} shards, one after another, yielded no sample; the last "
+                        f"one is {url}. {self._counts.summary()}"
                     )
             k, skip = k + 1, 0
 

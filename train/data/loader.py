@@ -577,7 +577,7 @@ def build_loader(
         state: None, or empty, for a new run.
 
     Raises ValueError for options that do not fit together or a `state` of another number of lanes; the loader raises DataError when
-        100 samples in a row fail, a whole pass over the shards yields none, or a worker dies or hangs.
+        100 samples in a row fail, 100 shards in a row (or all) yield none, or a worker dies or hangs.
     """
     processes = options.world_size * max(1, options.workers)
     if options.lanes % processes or options.batch_size % max(1, options.workers):

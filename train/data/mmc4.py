@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from open_flamingo.train.data.images import ImagePreparer
 from open_flamingo.train.data.lanes import Counts, Randomness, RawSample
-from open_flamingo.train.data.samples import Drop, Sample, SampleError
+from open_flamingo.train.data.samples import Drop, Sample, SampleError, check_suffixes
 from open_flamingo.train.data.text import TextEncoder
 
 MAX_TOKENS = 256
@@ -34,7 +34,7 @@ class Mmc4Preparer:
 
     Drops `no_image` (none that is there, over 10 KB, and not too large), `no_match` (none similar enough), `few_images` (fewer than
     `min_num_images` within 256 tokens), `single_image` (by the coin), `image_last` (nothing follows the only `<image>`); counts
-    pictures that are `image_too_large`. Errors `no_json`, `bad_json`, `bad_document`, `bad_similarity`, `bad_base64`, `corrupt_image`.
+    pictures that are `image_too_large`. Errors `no_json`, `unknown_suffix`, `bad_json`, `bad_document`, `bad_similarity`, `bad_base64`, `corrupt_image`.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Mmc4Preparer:
     def _read(self, raw: RawSample, counts: Counts) -> tuple[bool, list[str], list[bytes]]:
         """Whether it is of the synthetic kind, the parts of its text (see `text`), and a picture for each part but the first."""
         if "json" not in raw:
+            check_suffixes(raw, ("json",))
             raise SampleError("no_json", "a document is one json file")
         try:
             # All numbers as floats: a number of a million digits takes hours to become an int.

@@ -30,6 +30,20 @@ class DataError(RuntimeError):
     """The data is too broken to go on; the message names a shard."""
 
 
+def check_suffixes(raw: RawSample, looked_for: tuple[str, ...]) -> None:
+    """For a sample that lacks a file. Raises SampleError where a longer suffix than those of `looked_for` ends in one of them.
+
+    As in WebDataset, a file's key ends at the first dot of its name: all that follows is the suffix.
+    """
+    for suffix in raw:
+        if "." in suffix and suffix.endswith(tuple(f".{known}" for known in looked_for)):
+            raise SampleError(
+                "unknown_suffix",
+                f"{raw['__key__']}.{suffix} has the suffix {suffix!r}, as a suffix begins at the first dot of a name; looked for are "
+                f"{', '.join(looked_for)}: rename the files so that there is one dot in each",
+            )
+
+
 @dataclass
 class Sample:
     """One caption or document, ready to be batched.
@@ -52,14 +66,21 @@ class Counts:
 
     dropped: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
-    _named: set[str] = field(default_factory=set)
+    _examples: dict[str, str] = field(default_factory=dict)  # the first error of each reason
 
     def error(self, reason: str, where: str, message: str) -> None:
         """Counts an error. The first of each reason is also logged, so that there is one to look at."""
         self.errors[reason] += 1
-        if reason not in self._named:
-            self._named.add(reason)
+        if reason not in self._examples:
+            self._examples[reason] = f"{where}: {message}"
             logger.warning("left out %s: %s (others of this kind are only counted)", where, message)
+
+    def summary(self) -> str:
+        """The counts, and an example of the most frequent error."""
+        text = f"Left out so far: {dict(self.dropped)}, broken: {dict(self.errors)}"
+        if not self.errors:
+            return text
+        return f"{text}, for example {self._examples[self.errors.most_common(1)[0][0]]}"
 
     def take(self) -> Counts:
         """The counts since the last `take`."""

@@ -5,42 +5,65 @@ Only the standard library and braceexpand are imported: this runs before anythin
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import logging
 import os
 import shlex
-import stat
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
-# How many missing files an error names; the rest are counted.
+logger = logging.getLogger(__name__)
+
+# How many missing files a message names; the rest are counted.
 NAMED_IN_ERRORS = 3
+# img2dataset leaves gaps in its numbers where a shard failed. More than this share missing is a wrong pattern or a lost disk.
+MAX_MISSING = 0.1
 
 
 def expand_shards(spec: str) -> list[str]:
-    """The shard URLs of `spec`, in order; nothing is opened.
+    """The shard URLs of `spec`, in order; no shard is opened or looked for.
 
-    `spec` is one pattern or several joined by `::`. Braces are expanded (`{000000..000041}`, `{a,b}`). `s3://` becomes a pipe
-    of `aws s3 cp`, as in the reference; `http(s)://`, `gs://` and `pipe:` are left to webdataset; `~` in a local path is
-    the home directory.
+    `spec` is one pattern or several joined by `::`. Braces are expanded (`{000000..000041}`, `{a,b}`), then stars in local paths,
+    to the files that exist, sorted; `@list.txt` is a file with one pattern per line, where blank lines and `#` comments are
+    skipped. `s3://` becomes a pipe of `aws s3 cp`, as in the reference; `http(s)://`, `gs://` and `pipe:` are left to webdataset;
+    `~` in a local path is the home directory.
 
-    Raises ValueError where a brace is not closed.
+    Raises ValueError where a brace is not closed, a star matches nothing, or a list cannot be read.
     """
-    urls = []
-    for pattern in spec.split("::"):
-        pattern = pattern.strip()
-        if not pattern:
-            continue
+    return [url for part in _parts(spec) for url in _expand(part)]
+
+
+def _parts(spec: str) -> list[str]:
+    return [part for part in map(str.strip, spec.split("::")) if part]
+
+
+def _expand(part: str) -> Iterator[str]:
+    for pattern in _read_list(part[1:]) if part.startswith("@") else [part]:
         try:
-            urls += [_url(one) for one in braceexpand(pattern)]
+            names = list(braceexpand(pattern))
         except UnbalancedBracesError as error:
             raise ValueError(f"unbalanced braces in {pattern!r}") from error
-    return urls
+        for name in names:
+            path = local_path(name)
+            if name.startswith("s3://"):
+                yield f"pipe:aws s3 cp {shlex.quote(name)} -"
+            elif path is None or "*" not in path:
+                yield os.path.expanduser(name) if path == name else name
+            elif files := sorted(glob.glob(os.path.expanduser(path))):
+                yield from files
+            else:
+                raise ValueError(f"{name!r} matches no file")
 
 
-def _url(url: str) -> str:
-    if url.startswith("s3://"):
-        return f"pipe:aws s3 cp {shlex.quote(url)} -"
-    return os.path.expanduser(url) if local_path(url) == url else url
+def _read_list(path: str) -> list[str]:
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'@{path}': the list of shards cannot be read ({error})") from error
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def local_path(url: str) -> str | None:
@@ -50,59 +73,84 @@ def local_path(url: str) -> str | None:
     return None if url.startswith("pipe:") or "://" in url else url
 
 
-def check_shards(flag: str, spec: str) -> list[str]:
-    """The shard URLs of `spec`, once every local one is known to be there and readable. Remote ones are not probed.
+def check_shards(flag: str, spec: str, missing_shards: str = "warn") -> tuple[list[str], list[str]]:
+    """The shard URLs of `spec` that exist, in order, and those that do not. Remote ones are not looked for.
 
-    Raises ValueError, naming `flag`, where the list is empty or a local shard is missing, not a file, or not readable.
+    Folders are listed; single files are not asked about, which takes minutes on NFS for LAION's 200,000. Of each part of `spec` (see
+    `expand_shards`) the first file alone is looked at; others that cannot be read are counted when they are opened.
+
+    Args:
+        missing_shards: "warn" allows that a tenth of a part is missing, "stop" allows none.
+
+    Raises ValueError, naming `flag`, where the list is empty, more is missing than allowed, or a first file cannot be read.
     """
-    try:
-        urls = expand_shards(spec)
-    except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
-    if not urls:
+    found: list[str] = []
+    missing: list[str] = []
+    listings: dict[str, set[str] | None] = {}
+    for part in _parts(spec):
+        try:
+            urls = list(_expand(part))
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}") from None
+        exists = {url: _exists(url, listings) for url in urls}
+        existing, gone = ([url for url in urls if exists[url] is there] for there in (True, False))
+        if urls and not existing:
+            raise ValueError(f"{flag}: {part!r} matches no file; the first one looked for is {urls[0]}")
+        if len(gone) > (0 if missing_shards == "stop" else MAX_MISSING * len(urls)):
+            allowed = "--missing_shards is stop" if missing_shards == "stop" else "more than a tenth"
+            raise ValueError(
+                f"{flag}: {len(gone)} of the {len(urls)} shards of {part!r} do not exist ({allowed}): {_examples(gone)}; name only "
+                "those that do ('*.tar', '@list.txt', and several patterns joined by '::' work too)"
+            )
+        first = next((path for path in map(local_path, existing) if path is not None), None)
+        if first is not None and os.path.isdir(first):
+            raise ValueError(f"{flag}: {first} is a folder: name its shards, as in '{first.rstrip('/')}/*.tar'")
+        if first is not None and not os.access(first, os.R_OK):
+            raise ValueError(f"{flag}: {first} is not readable: no permission")
+        found += existing
+        missing += gone
+    if not found:
         raise ValueError(f"{flag} names no shard: give a pattern such as 'shards/{{000000..000041}}.tar', not {spec!r}")
-    paths = [path for path in map(local_path, urls) if path is not None]
-    missing = _missing(paths)
-    if len(missing) == len(urls):
-        raise ValueError(f"{flag}: {spec!r} matches no file; the first one looked for is {missing[0]}")
+    return found, missing
+
+
+def resolve_shards(flag: str, spec: str, missing_shards: str) -> list[str]:
+    """`check_shards`, with a warning where some are missing. For one rank to call: two listings could differ."""
+    urls, missing = check_shards(flag, spec, missing_shards)
     if missing:
-        raise ValueError(
-            f"{flag}: {len(missing)} of the {len(urls)} shards of {spec!r} do not exist: {_some(missing)}; "
-            "name only those that do (patterns can be joined by '::')"
+        logger.warning(
+            "%s: %d of %d shards do not exist and are left out: %s",
+            flag,
+            len(missing),
+            len(urls) + len(missing),
+            _examples(missing),
         )
-    unreadable = [path for path in paths if not _readable(path)]
-    if unreadable:
-        raise ValueError(f"{flag}: not readable, or not a file: {_some(unreadable)}")
     return urls
 
 
-def _missing(paths: list[str]) -> list[str]:
-    """Those of `paths` that do not exist. One listing a folder: asking for each of LAION's 200,000 files takes minutes on NFS."""
-    wanted: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        wanted[os.path.dirname(path)].append(path)
-    missing: set[str] = set()
-    for folder, its_paths in wanted.items():
+def shards_digest(urls: Iterable[str]) -> str:
+    """The number and a hash of `urls`: the order of samples depends on which shards there are, and in which order."""
+    urls = list(urls)
+    return f"{len(urls)} shards ({hashlib.sha256(repr(urls).encode()).hexdigest()[:12]})"
+
+
+def _exists(url: str, listings: dict[str, set[str] | None]) -> bool:
+    """Whether the folder of `url` lists it. `listings`: those made so far; None for a folder that may be entered but not listed."""
+    path = local_path(url)
+    if path is None:
+        return True
+    folder, name = os.path.split(path.rstrip("/"))
+    if folder not in listings:
         try:
-            there = set(os.listdir(folder or "."))
-        except PermissionError:  # may be entered though not listed
-            missing.update(path for path in its_paths if not os.path.exists(path))
-            continue
+            listings[folder] = set(os.listdir(folder or "."))
+        except PermissionError:
+            listings[folder] = None
         except OSError:
-            there = set()
-        missing.update(path for path in its_paths if os.path.basename(path) not in there)
-    return [path for path in paths if path in missing]
+            listings[folder] = set()
+    names = listings[folder]
+    return os.path.exists(path) if names is None else name in names
 
 
-def _readable(path: str) -> bool:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    # A named pipe is as good as a file.
-    return (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)) and os.access(path, os.R_OK)
-
-
-def _some(paths: list[str]) -> str:
+def _examples(paths: list[str]) -> str:
     rest = len(paths) - NAMED_IN_ERRORS
     return ", ".join(paths[:NAMED_IN_ERRORS]) + (f" and {rest} more" if rest > 0 else "")

@@ -9,6 +9,7 @@ devices and folders are passed over.
 from __future__ import annotations
 
 import logging
+import re
 import tarfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 MAX_SAMPLE = 64 << 20
 # Bytes of an extended header (a long name, say), and characters of a name.
 MAX_HEADER, MAX_NAME = 1 << 16, 4096
+# Keys of samples of a single file that are remembered of a shard, to tell where the other files of a sample come later.
+MAX_ALONE = 4096
+METADATA = re.compile(r"(^|/)(__MACOSX|PaxHeaders?(\.\d+)?)(/|$)")
 # Seconds before each further try at a shard that is not on this machine.
 RETRY_DELAYS = (1.0, 4.0)
 
@@ -36,8 +40,8 @@ PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
     """The samples of a shard: consecutive files of one key, by lower-case suffix, undecoded.
 
-    Samples of more than `MAX_SAMPLE` bytes (`sample_too_large`) and second files of one name (`duplicate_member`) are left out and
-    counted. A shard that is not on this machine is read again, after each of `RETRY_DELAYS`, from where it failed.
+    Samples of more than `MAX_SAMPLE` bytes (`sample_too_large`), second files of one name (`duplicate_member`) and files that come
+    apart from the others of their sample (`not_adjacent`) are left out and counted. A shard that is not on this machine is read again, after each of `RETRY_DELAYS`, from where it failed.
 
     Raises SampleError at the end of what can be read: the shard cannot be opened, is cut off or damaged, or the command that
     pipes it failed.
@@ -194,23 +198,39 @@ def _printable(name: str) -> str:
 
 def _samples(tar: TarReader, url: str) -> Iterator[RawSample | SampleError]:
     """The files of `tar` by key, and what is wrong with some of them."""
-    sample: RawSample | None = None
-    size = 0  # of all files of the sample, and of their headers
+    sample: RawSample = {}
+    size = files = 0  # of the sample; bytes with headers
+    alone: dict[str, str] = {}  # samples of a single file: key -> suffix
 
     def finished() -> RawSample | SampleError | None:
-        if sample is None or size <= MAX_SAMPLE:
-            return sample
-        return SampleError("sample_too_large", f"{sample['__key__']}: more than {MAX_SAMPLE >> 20} MiB")
+        if size > MAX_SAMPLE:
+            return SampleError(
+                "sample_too_large",
+                f"{sample['__key__']}: {files} files of more than {MAX_SAMPLE >> 20} MiB. All files whose names are the same up to "
+                "the first dot, and follow each other, are one sample",
+            )
+        if files == 1:
+            key, suffix = sample["__key__"], next(reversed(sample))
+            if alone.get(key, suffix) != suffix:
+                return SampleError(
+                    "not_adjacent",
+                    f"{key}.{suffix} is apart from {key}.{alone[key]}: the files of a sample must follow each other. Make the tar "
+                    "anew with `tar --sort=name`",
+                )
+            if len(alone) < MAX_ALONE:
+                alone[key] = suffix
+        return sample or None
 
     for name, file_size in tar:
         key, suffix = _split(name)
-        if key is None or name.startswith("__"):  # webdataset's own metadata
+        if key is None:
             continue
-        if sample is None or key != sample["__key__"]:
+        if key != sample.get("__key__"):
             if (last := finished()) is not None:
                 yield last
-            sample, size = {"__key__": key, "__url__": url}, 0
+            sample, size, files = {"__key__": key, "__url__": url}, 0, 0
         size += file_size + tarfile.BLOCKSIZE
+        files += 1
         if size > MAX_SAMPLE:
             sample = {"__key__": key, "__url__": url}  # lets go of what it holds
         elif suffix in sample:  # the first one stays
@@ -222,9 +242,13 @@ def _samples(tar: TarReader, url: str) -> Iterator[RawSample | SampleError]:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """Key and lower-case suffix: before and after the first dot of the file's name; no key where there is no such thing."""
+    """Key and lower-case suffix: before and after the first dot of the file's name; no key where there is no such thing.
+
+    Hidden files have none: a Mac puts a `._a.jpg` beside each `a.jpg`, and .DS_Store. Nor has metadata of tar programs
+    (PaxHeaders.1/a.jpg) and webdataset (__info__.json).
+    """
     folder, slash, file = name.rpartition("/")
     stem, dot, suffix = file.partition(".")
-    if not dot or not (slash or stem) or len(name) > MAX_NAME:
+    if not dot or not stem or len(name) > MAX_NAME or name.startswith("__") or METADATA.search(folder):
         return None, ""
     return f"{folder}{slash}{stem}", suffix.lower()

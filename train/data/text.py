@@ -24,7 +24,9 @@ class TextEncoder:
     `<image>` and `<|endofchunk|>` that are written out in the data are plain text: they never become the special tokens.
 
     Args:
-        tokenizer: a Hugging Face tokenizer that knows both special tokens.
+        tokenizer: a Hugging Face tokenizer that knows both special tokens, and has one for the end of a text.
+
+    Raises ValueError where it lacks one of them.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
@@ -35,6 +37,8 @@ class TextEncoder:
         for token, token_id in ((MEDIA_TOKEN, self.media_token_id), (EOC_TOKEN, self.eoc_token_id)):
             if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
                 raise ValueError(f"the tokenizer does not know {token}; create_model_and_transforms adds it")
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no eos_token")
 
     def __call__(self, parts: list[str]) -> list[int]:
         """Ids of the text, at most `max_tokens`; a text that is cut has no `<|endofchunk|>` at its end."""
