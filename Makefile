@@ -1,5 +1,7 @@
-# make demo    train a small vision-language model and watch it describe pictures (needs Python >= 3.10 and make)
+# make demo    train a small vision-language model and watch it describe pictures (needs Python >= 3.11 and make)
 # make test    the whole test suite
+# make test-latest, make test-oldest
+#              what depends most on other libraries, on today's newest versions and on the oldest supported ones
 # make faults  inject every fault of docs/reliability.md, and print its table with passed or failed
 # make bench   beside the reference, what a CPU can show; the results replace those of docs/performance.md
 # make lint    formatting, rules, types
@@ -9,14 +11,26 @@ BIN := .venv/bin
 # -rs: tests of launchers that are not installed are named; tests/launch/install.sh installs them.
 # --reruns: gloo's connections between real processes are refused now and then on a loaded machine; reruns are reported.
 TEST_FLAGS ?= -n 2 -rsR --reruns 2 --reruns-delay 3
+# Model, generation, goldens, step, sharding, resume.
+VERSION_TESTS := $(wildcard tests/test_model*.py tests/test_lang*.py tests/test_step.py tests/test_optimizer.py \
+	tests/test_precision.py tests/test_sharding.py tests/test_distributed.py tests/test_train.py tests/test_dependencies.py)
+INSTALL := -m pip install --disable-pip-version-check
 
-.PHONY: demo test faults bench lint format clean
+.PHONY: demo test test-latest test-oldest faults bench lint format clean
 
 demo: .venv/training
 	$(BIN)/python -m open_flamingo.scripts.demo
 
 test: .venv/test
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+test-latest: .venv-latest/bin/python
+	$< $(INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
+	$< -m pytest $(TEST_FLAGS) $(VERSION_TESTS)
+
+test-oldest: .venv-oldest/bin/python
+	$< $(INSTALL) -c constraints-oldest.txt -e '.[test]'
+	$< -m pytest $(TEST_FLAGS) $(VERSION_TESTS)
 
 faults: .venv/test
 	$(BIN)/python tests/reliability.py
@@ -43,12 +57,12 @@ format: .venv/test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build demo-output *.egg-info
+	rm -rf .venv .venv-latest .venv-oldest build demo-output *.egg-info
 
-.venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+%/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $*
 
-.venv/training .venv/test .venv/benchmark: .venv/bin/python setup.py pyproject.toml requirements.txt requirements-training.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(notdir $@)]'
+.venv/training .venv/test .venv/benchmark: .venv/bin/python setup.py pyproject.toml requirements.txt requirements-training.txt constraints.txt
+	$< $(INSTALL) -c constraints.txt -e '.[$(notdir $@)]'
 	touch $@

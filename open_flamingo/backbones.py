@@ -6,22 +6,28 @@ caller knows. Only the standard library is imported.
 
 import json
 import re
+from collections.abc import Collection
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")
+"""Of paths to a folder with a config and weights."""
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 # A name on the Hugging Face hub: at most one slash.
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
 _TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "spiece*")
 
 
-def check_vision_encoder(path: str) -> None:
-    """`path` is an OpenCLIP model name, "hf-hub:…", "local-dir:…", or a model config (.json) that can be read."""
+def check_vision_encoder(path: str, names: Collection[str] | None = None) -> None:
+    """`path` is an OpenCLIP model name, "hf-hub:…", "local-dir:…", or a model config (.json) that can be read.
+
+    `names` are those that OpenCLIP knows; by default, what its package holds, found without importing it.
+    """
     if path.startswith("local-dir:"):
-        config = Path(path.removeprefix("local-dir:")) / "open_clip_config.json"
+        config = Path(path.removeprefix("local-dir:")) / OPEN_CLIP_CONFIG
         if not config.is_file():
             raise FileNotFoundError(f"there is no file {config}: give a folder that OpenCLIP's push_to_hub made")
     elif path.startswith("hf-hub:"):
@@ -31,7 +37,7 @@ def check_vision_encoder(path: str) -> None:
             )
     elif path.endswith(".json"):
         read_vision_config(Path(path))
-    elif (names := _open_clip_names()) and open_clip_name(path) not in names:
+    elif (names := names or _open_clip_names()) and open_clip_name(path) not in names:
         raise ValueError(
             f"{path!r} is neither an OpenCLIP model name{_near(path, names)}, nor 'hf-hub:…', 'local-dir:…' or the "
             "path of a model config (.json); open_clip.list_models() lists the names"
@@ -50,21 +56,22 @@ def _open_clip_names() -> list[str]:
     return sorted(file.stem for folder in folders or () for file in Path(folder).glob("model_configs/*.json"))
 
 
-def read_vision_config(path: Path) -> dict[str, Any]:
-    """The model config in a file: OpenCLIP's own kind, or one of a hub folder."""
+def read_vision_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model config in a file, OpenCLIP's own kind or one of a hub folder, and what it says of preprocessing."""
     if not path.is_file():
         raise FileNotFoundError(f"no such OpenCLIP model config: {path}")
-    config = _read_json(path)
-    config = config.get("model_cfg", config)
+    whole = _read_json(path)
+    config = whole.get("model_cfg", whole)
     lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if lacking:
         raise ValueError(f"{path} is not an OpenCLIP model config: it has no {', '.join(lacking)}")
-    return config
+    return config, whole.get("preprocess_cfg", {})
 
 
-def check_vision_weights(pretrained: str) -> None:
-    """`pretrained` is a file that is there, or can be a tag; which tags a model has, OpenCLIP knows."""
-    if not pretrained:
+def check_vision_weights(pretrained: str, path: str) -> None:
+    """`pretrained` is a file that is there, or can be a tag (which tags a model has, OpenCLIP knows); empty, where the vision
+    encoder at `path` brings its own weights."""
+    if not pretrained and not path.startswith(OPEN_CLIP_SCHEMES):
         raise ValueError("it is empty: give an OpenCLIP weight tag, such as 'openai', or a file")
     if is_file_name(pretrained) and not Path(pretrained).is_file():
         raise FileNotFoundError(f"no such file of vision encoder weights: {pretrained}")
@@ -116,6 +123,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _near(name: str, names: list[str]) -> str:
+def _near(name: str, names: Collection[str]) -> str:
     near = get_close_matches(name, names, n=3)
     return f" (near it: {', '.join(near)})" if near else ""

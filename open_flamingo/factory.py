@@ -1,8 +1,10 @@
 """Build a Flamingo out of pretrained backbones."""
 
 import hashlib
+import io
 import json
 import logging
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,12 +14,13 @@ from typing import Any
 
 import open_clip
 import torch
-import transformers
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .backbones import (
+    OPEN_CLIP_CONFIG,
     OPEN_CLIP_SCHEMES,
     check_language_model,
     check_tokenizer,
@@ -29,7 +32,9 @@ from .backbones import (
 )
 from .flamingo import Flamingo
 from .language_model import input_embedding
-from .vision import patch_width, prepare_for_tokens
+from .vision import patch_width
+
+logger = logging.getLogger(__name__)
 
 END_OF_CHUNK = "<|endofchunk|>"
 IMAGE = "<image>"
@@ -37,6 +42,11 @@ PAD = "<PAD>"
 
 # Longer messages of the libraries below, such as lists of all parameters, are cut.
 LONGEST_REASON = 500
+
+# Of an OpenCLIP config, what describes the image transform beside the tower's image size.
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+# CLIP's other half is not needed; OpenCLIP builds no tower without one.
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 
 
 def create_model_and_transforms(
@@ -60,7 +70,8 @@ def create_model_and_transforms(
         clip_vision_encoder_path: an OpenCLIP model name ("ViT-L-14"), "hf-hub:…", "local-dir:…", or the path of an
             OpenCLIP model config (.json).
         clip_vision_encoder_pretrained: an OpenCLIP weight tag ("openai"), or a file with the weights of the whole CLIP
-            or of its vision tower alone (.pt or .safetensors). None: random weights, or what the path brings.
+            or of its vision tower alone (.pt or .safetensors). None or "": random weights, or those that an "hf-hub:…" or
+            "local-dir:…" brings, for which a tag means nothing.
         lang_encoder_path: a Hugging Face decoder-only language model, name or folder.
         tokenizer_path: its tokenizer; `lang_encoder_path` if None.
         cross_attn_every_n_layers: a gated cross-attention block before every n-th decoder layer.
@@ -68,8 +79,7 @@ def create_model_and_transforms(
         decoder_layers_attr_name: where the decoder layers are ("model.layers"); found by structure if None.
         freeze_lm_embeddings: do not train the rows of the new tokens.
         cache_dir: where downloads are kept.
-        meta: make all but the vision encoder on the meta device, without reading the language model's weights: for ranks
-            that get theirs from another.
+        meta: make the model on the meta device, without reading any weights: for ranks that get theirs from another.
         trust_remote_code: run the Python code that a language model or tokenizer brings along. Without it, such a model is
             refused unless transformers has the code itself. Files of weights never run code.
         flamingo_kwargs: `gradient_checkpointing`, `train_output_rows`: see `Flamingo`.
@@ -83,7 +93,7 @@ def create_model_and_transforms(
             what, with the argument and the flag of the training program.
     """
     vision_encoder, image_processor, image_size = load_vision_encoder(
-        clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir
+        clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir, meta
     )
     tokenizer = load_tokenizer(tokenizer_path or lang_encoder_path, use_local_files, cache_dir, trust_remote_code)
     vis_dim = patch_width(vision_encoder, image_size)
@@ -128,99 +138,107 @@ def loading(argument: str, value: str) -> Iterator[None]:
 
 
 def load_vision_encoder(
-    path: str, pretrained: str | None = None, cache_dir: str | None = None
+    path: str, pretrained: str | None = None, cache_dir: str | None = None, meta: bool = False
 ) -> tuple[nn.Module, Callable[..., Tensor], tuple[int, int]]:
     """An OpenCLIP vision tower in float32 and eval mode, its validation transform, and its image size in pixels.
 
     See `create_model_and_transforms` for the arguments and errors.
     """
+    has_weights = path.startswith(OPEN_CLIP_SCHEMES)
     with loading("clip_vision_encoder_path (--vision_encoder_path)", path):
-        check_vision_encoder(path)
-        named = not path.startswith(OPEN_CLIP_SCHEMES)
-        name = path
-        if named:
-            name = register_config(Path(path)) if path.endswith(".json") else open_clip_name(path)
+        check_vision_encoder(path, open_clip.list_models())
+        name, preprocessing = find_config(path, cache_dir)
+    if has_weights and pretrained and not is_file_name(pretrained):
+        logger.info("%s brings its own weights: %r (--vision_encoder_pretrained) is not used", path, pretrained)
+        pretrained = None
 
+    tower: Any
     if not pretrained:
         with loading("clip_vision_encoder_path (--vision_encoder_path)", path):
-            clip, image_processor = build_clip(name, None, cache_dir)
+            tower = load_clip(path, None, cache_dir).visual if has_weights and not meta else build_tower(name, meta)
     else:
         with loading("clip_vision_encoder_pretrained (--vision_encoder_pretrained)", pretrained):
-            check_vision_weights(pretrained)
-            if is_file_name(pretrained):
-                clip, image_processor = load_clip_file(name, path, pretrained, cache_dir)
+            check_vision_weights(pretrained, path)
+            if not is_file_name(pretrained):
+                check_tag(pretrained, name, path)
+                preprocessing = open_clip.get_pretrained_cfg(name, pretrained)
+            if meta:
+                tower = build_tower(name, meta)
+            elif is_file_name(pretrained):
+                tower = load_tower(name, path, pretrained)
             else:
-                tags = open_clip.list_pretrained_tags_by_model(name) if named else [pretrained]
-                if pretrained not in tags:
-                    raise ValueError(
-                        f"{pretrained!r} is neither a file nor an OpenCLIP weight tag of {path}; "
-                        f"its tags are: {', '.join(tags) or 'none'}"
-                    )
-                clip, image_processor = build_clip(name, pretrained, cache_dir)
-    tower = clip.visual.float().eval()
-    prepare_for_tokens(tower)
-    size = getattr(tower, "image_size", 224)
-    return tower, image_processor, size if isinstance(size, tuple) else (size, size)
+                tower = load_clip(name, pretrained, cache_dir).visual
+    size = tower.image_size
+    options = {key: preprocessing[key] for key in PREPROCESSING if preprocessing.get(key) is not None}
+    image_processor = open_clip.image_transform(size, is_train=False, **options)
+    return tower.float().eval(), image_processor, size if isinstance(size, tuple) else (size, size)
 
 
-def build_clip(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[Any, Callable[..., Tensor]]:
-    """The CLIP that OpenCLIP builds, and its validation transform."""
-    with never_asking():
-        clip, _, image_processor = open_clip.create_model_and_transforms(
-            name, pretrained=pretrained, cache_dir=cache_dir
+def check_tag(tag: str, name: str, path: str) -> None:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        raise ValueError(
+            f"{tag!r} is neither a file nor an OpenCLIP weight tag of {path}; its tags are: {', '.join(tags) or 'none'}"
         )
-    return clip, image_processor
 
 
-def load_clip_file(name: str, path: str, file: str, cache_dir: str | None) -> tuple[Any, Callable[..., Tensor]]:
-    """The CLIP `name`, which the user calls `path`, with the weights in `file` in its vision tower at least."""
+def find_config(path: str, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+    """The name under which OpenCLIP finds the config of the model at `path`, and the preprocessing that comes with it."""
+    if path.startswith("hf-hub:"):
+        file = Path(hf_hub_download(path.removeprefix("hf-hub:"), OPEN_CLIP_CONFIG, cache_dir=cache_dir))
+    elif path.startswith("local-dir:"):
+        file = Path(path.removeprefix("local-dir:")) / OPEN_CLIP_CONFIG
+    elif path.endswith(".json"):
+        file = Path(path)
+    else:
+        return open_clip_name(path), {}
+    config, preprocessing = read_vision_config(file)
+    return register_config(file.stem, config), preprocessing
+
+
+def build_tower(name: str, meta: bool = False) -> nn.Module:
+    """The vision tower of OpenCLIP's model `name`, random or on the meta device."""
+    config = open_clip.get_model_config(name)
+    vision = config["vision_cfg"] | {"timm_model_pretrained": False}
+    with torch.device("meta") if meta else nullcontext():
+        return open_clip.CLIP(config["embed_dim"], vision, NO_TEXT, config.get("quick_gelu", False)).visual
+
+
+def load_clip(name: str, pretrained: str | None, cache_dir: str | None = None) -> Any:
+    """A whole CLIP with weights: those of a tag or file, or those that a `name` with a scheme brings.
+
+    For a text tower from the Hugging Face hub that brings code of its own, OpenCLIP has transformers ask on the terminal
+    whether to run it. Here nobody answers, and it is refused at once.
+    """
+    terminal, sys.stdin = sys.stdin, io.StringIO()
     try:
-        tower_weights = read_tower_weights(file)
-        with no_warning_of_random_weights():
-            clip, image_processor = build_clip(name, file if tower_weights is None else None, cache_dir)
-        if tower_weights is not None:
-            clip.visual.load_state_dict(tower_weights)
+        return open_clip.create_model(name, pretrained, cache_dir=cache_dir, require_pretrained=True)
+    finally:
+        sys.stdin = terminal
+
+
+def load_tower(name: str, path: str, file: str) -> nn.Module:
+    """The vision tower of `name`, which the user calls `path`, with the weights in `file`: its own, or of a whole CLIP."""
+    try:
+        weights = read_tower_weights(file)
+        if weights is None:
+            return load_clip(name, file).visual
+        tower = build_tower(name)
+        tower.load_state_dict(weights)
     except Exception as error:
         raise ValueError(f"the weights in {file} do not fit the vision encoder {path}: {error}") from error
-    return clip, image_processor
+    return tower
 
 
-@contextmanager
-def never_asking() -> Iterator[None]:
-    """For a text tower from the Hugging Face hub that brings code of its own, OpenCLIP would have transformers ask on the
-    terminal whether to run it. Within this `with` it is refused at once."""
-    patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    try:
-        yield
-    finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
-
-
-@contextmanager
-def no_warning_of_random_weights() -> Iterator[None]:
-    """OpenCLIP warns of a tower with random weights before we have had the chance to load them."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No pretrained weights loaded")
-
-    logger = logging.getLogger()
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
-
-
-def register_config(path: Path) -> str:
-    """Make OpenCLIP know the model config in a file, under a name that no other has; return that name."""
-    config = json.dumps(read_vision_config(path), sort_keys=True)
-    name = f"{path.stem}-{hashlib.sha256(config.encode()).hexdigest()[:12]}"
+def register_config(stem: str, config: dict[str, Any]) -> str:
+    """Make OpenCLIP know a model config, under a name that begins with `stem` and that no other has; return that name."""
+    text = json.dumps(config, sort_keys=True)
+    name = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if name not in open_clip.list_models():
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / f"{name}.json"
-            copy.write_text(config, encoding="utf-8")
-            open_clip.add_model_config(copy)
+            file = Path(folder) / f"{name}.json"
+            file.write_text(text, encoding="utf-8")
+            open_clip.add_model_config(file)
     return name
 
 
@@ -298,8 +316,6 @@ def load_language_model(
     of the old ones as today's default: the gates start shut, so nothing depends on it before training, and it
     spares the covariance of the whole matrix.
     """
-    # transformers 5 loads in the checkpoint's type unless told, and has renamed the argument.
-    dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     # Never None: transformers would ask on the terminal.
     where = {
         "local_files_only": use_local_files,
@@ -311,11 +327,9 @@ def load_language_model(
         check_language_model(path)
         if meta:
             config = AutoConfig.from_pretrained(path, **where)
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, **{dtype: torch.float32}
-            )
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, **where, **{dtype: torch.float32})
+            model = AutoModelForCausalLM.from_pretrained(path, **where, dtype=torch.float32)
     if vocabulary > len(input_embedding(model).weight):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return model.eval()

@@ -29,7 +29,7 @@ from .language_model import (
 )
 from .loss import LabelledPositions, copy_to, full_loss, has_base_model, labelled_loss, labelled_positions
 from .resampler import PerceiverResampler
-from .vision import patch_tokens, prepare_for_tokens
+from .vision import patch_tokens
 from .weights import load_into
 
 
@@ -81,7 +81,6 @@ class Flamingo(nn.Module):
         # Frozen first: whatever is added after this line is trained.
         # (In this order, which is the reference's: its optimizer state is numbered by it.)
         self.vision_encoder = vision_encoder.requires_grad_(False)
-        prepare_for_tokens(self.vision_encoder)
         self.perceiver = PerceiverResampler(vis_dim)
         self.lang_encoder = lang_encoder.requires_grad_(False)
         self.decoder_layers_name, _ = add_gated_cross_attention(

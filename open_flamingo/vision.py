@@ -37,7 +37,7 @@ def patch_tokens(tower: nn.Module, images: Tensor) -> Tensor:
         features = tower_.stem(images)
         for layer in (tower_.layer1, tower_.layer2, tower_.layer3, tower_.layer4):
             features = layer(features)
-    elif hasattr(tower, "ln_post") and hasattr(tower, "forward_intermediates"):
+    elif hasattr(tower, "ln_post"):
         outputs = tower_.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NLC")
         features = outputs["image_intermediates"][-1]
     else:
@@ -61,12 +61,3 @@ def patch_width(tower: nn.Module, image_size: tuple[int, int]) -> int:
     parameter = next(tower.parameters())
     image = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
     return patch_tokens(tower, image).shape[-1]
-
-
-def prepare_for_tokens(tower: nn.Module) -> None:
-    """Make an OpenCLIP ViT without `forward_intermediates` (OpenCLIP up to 2.30) return its tokens, before `ln_post`."""
-    tower_: Any = tower
-    if hasattr(tower, "ln_post") and not hasattr(tower, "forward_intermediates"):
-        tower_.output_tokens = True
-        if hasattr(tower, "final_ln_after_pool"):
-            tower_.final_ln_after_pool = True

@@ -6,7 +6,7 @@ Each hostile file is first shown to be one: read without restraint, it leaves a 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import io
 import json
 import os
 import pickle
@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from open_flamingo import create_model_and_transforms
 from open_flamingo.factory import load_language_model, load_tokenizer, load_vision_encoder
 from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.data.samples import Counts
@@ -161,8 +161,6 @@ def test_weights_of_a_vision_encoder(name: str, backbones: list[str], mark: Path
 
 
 def test_weights_in_a_folder_of_a_vision_encoder(backbones: list[str], mark: Path, tmp_path: Path) -> None:
-    if not hasattr(importlib.import_module("open_clip.factory"), "LOCAL_DIR_PREFIX"):
-        pytest.skip("OpenCLIP 2 has no local-dir:")
     config = json.loads(Path(value_of("--vision_encoder_path", backbones)).read_text())
     save_hostile(tmp_path / "tower" / "open_clip_pytorch_model.bin", mark)
     (tmp_path / "tower" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -212,11 +210,11 @@ def generate(*args, **kwargs):
 
 @pytest.fixture
 def own_code(backbones: list[str], mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a tiny language model that brings its code. A question on the terminal fails the test."""
+    """The folder of a tiny language model that brings its code. Whoever is asked on the terminal says yes."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked {question}"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(100 * "y\n"))
     folder = tmp_path / "own_code"
     OPTForCausalLM(OPTConfig.from_pretrained(value_of("--lm_path", backbones))).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
@@ -275,10 +273,13 @@ def test_code_of_an_openclip_text_tower_never_runs(
     own_code: Path, backbones: list[str], mark: Path, tmp_path: Path
 ) -> None:
     config = json.loads(Path(value_of("--vision_encoder_path", backbones)).read_text())
+    weights = open_clip.CLIP(**config).state_dict()
     config["text_cfg"] = {"hf_model_name": str(own_code), "hf_tokenizer_name": str(own_code)}
-    (tmp_path / "tower.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="--vision_encoder_path"):
-        create_model_and_transforms(str(tmp_path / "tower.json"), None, value_of("--lm_path", backbones))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"--vision_encoder_path.*custom code"):
+        load_vision_encoder(f"local-dir:{tmp_path}")
+    load_vision_encoder(str(tmp_path / "open_clip_config.json"))  # without weights, no text tower is made
     assert not mark.exists()
 
 

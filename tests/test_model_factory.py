@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoTokenizer
 
 from open_flamingo import create_model_and_transforms
 from open_flamingo.factory import load_language_model, load_tokenizer, load_vision_encoder
-from open_flamingo.vision import patch_tokens, patch_width, prepare_for_tokens
+from open_flamingo.vision import patch_tokens, patch_width
 from tests.families import language_model
+from tests.tiny import assert_same
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GOLDEN / "common/vision_config_open_clip.json"
@@ -47,8 +49,6 @@ def config_file(folder: Path, vision: dict, name: str = "tiny") -> Path:
 @pytest.mark.parametrize("kind", TOWERS)
 def test_patch_tokens(kind: str, tmp_path: Path) -> None:
     vision, shape = TOWERS[kind]
-    if "CoCa" in kind and not hasattr(open_clip.transformer.VisionTransformer, "forward_intermediates"):
-        pytest.skip("this OpenCLIP gives only the tokens that its pooling makes")
     tower, transform, size = load_vision_encoder(str(config_file(tmp_path, vision)))
     picture = transform(Image.new("RGB", (90, 70), "red"))
     assert picture.shape == (3, *size)
@@ -93,19 +93,20 @@ def test_a_model_of_any_tower_trains(kind: str, tmp_path: Path) -> None:
         assert torch.equal(buffer, before[name]), name
 
 
-def test_an_older_openclip_gives_the_same_tokens() -> None:
-    """OpenCLIP up to 2.30 has no `forward_intermediates`: its own output is used, with the flags that make it right."""
-    tower, _, size = load_vision_encoder(str(CONFIG), str(WEIGHTS))
-    pictures = torch.randn(2, 3, *size)
-    expected = patch_tokens(tower, pictures)
-
-    class Older(type(tower)):
-        forward_intermediates = property()  # raises AttributeError, so the attribute seems absent
-
-    tower.__class__ = Older
-    assert not hasattr(tower, "forward_intermediates")
-    prepare_for_tokens(tower)
-    torch.testing.assert_close(patch_tokens(tower, pictures), expected)
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_tower_without_weights_has_the_same_structure(kind: str, tmp_path: Path) -> None:
+    path = str(config_file(tmp_path, TOWERS[kind][0]))
+    tower, transform, size = load_vision_encoder(path)
+    empty, its_transform, its_size = load_vision_encoder(path, meta=True)
+    assert (str(transform), size, patch_width(tower, size)) == (str(its_transform), its_size, patch_width(empty, size))
+    for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):  # those that no state dict holds, too
+        own, its = dict(tensors(tower)), dict(tensors(empty))
+        assert [(name, t.shape, t.dtype) for name, t in own.items()] == [
+            (name, t.shape, t.dtype) for name, t in its.items()
+        ]
+        assert all(tensor.is_meta for tensor in its.values())
+    # What is no parameter or buffer, nobody would send.
+    assert not [name for m in tower.modules() for name, value in vars(m).items() if isinstance(value, torch.Tensor)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,14 +133,73 @@ def test_weights_of_the_whole_clip_or_the_tower_alone(tmp_path: Path, caplog: py
             assert all(torch.equal(v, tower[k]) for k, v in loaded.state_dict().items()), name
     assert "random" not in caplog.text
 
-    if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
-        return  # OpenCLIP 2 has no local-dir:
-    folder = tmp_path / "folder"
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A CLIP as OpenCLIP's push_to_hub writes it, with a transform of its own."""
+    folder = tmp_path / "clip"
     folder.mkdir()
-    save_file(whole, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": json.loads(config.read_text())}))
-    loaded, _, _ = load_vision_encoder(f"local-dir:{folder}")
-    assert torch.equal(loaded.conv1.weight, tower["conv1.weight"])
+    config = json.loads(config_file(tmp_path, VIT, "hub").read_text())
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    own = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": own}))
+    return folder
+
+
+@pytest.mark.parametrize("pretrained", [None, "", "openai"])
+def test_a_folder_brings_its_weights_and_transform(
+    pretrained: str | None, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        tower, transform, _ = load_vision_encoder(f"local-dir:{folder}", pretrained)
+    expected, _, its_transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert_same(tower.state_dict(), expected.visual.state_dict())
+    same = [str(step) for step in its_transform.transforms]
+    assert [str(step) for step in transform.transforms] == same
+    for meta in (
+        load_vision_encoder(f"local-dir:{folder}", meta=True),
+        load_vision_encoder(str(folder / "open_clip_config.json")),
+    ):
+        assert [str(step) for step in meta[1].transforms] == same
+    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warned
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("open_flamingo")]
+    assert lines == (
+        [f"local-dir:{folder} brings its own weights: 'openai' (--vision_encoder_pretrained) is not used"]
+        if pretrained
+        else []
+    )
+
+
+def test_a_file_replaces_the_weights_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    """OpenCLIP itself would not look at it."""
+    whole = {name: torch.randn_like(value) for name, value in load_file(folder / "open_clip_model.safetensors").items()}
+    save_file(whole, tmp_path / "other.safetensors")
+    tower, _, _ = load_vision_encoder(f"local-dir:{folder}", str(tmp_path / "other.safetensors"))
+    assert torch.equal(tower.conv1.weight, whole["visual.conv1.weight"])
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    """OpenCLIP would go on with random ones."""
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"\(--vision_encoder_path\).*could not be loaded"):
+        load_vision_encoder(f"local-dir:{folder}")
+
+
+def test_a_tag_brings_its_transform() -> None:
+    """Of all tags, as far as can be seen without their weights."""
+    tags = [(name, tag) for name, tag in open_clip.list_pretrained() if name in ("ViT-B-16-SigLIP-512", "ViT-B-32")]
+    for name, tag in tags:
+        _, transform, size = load_vision_encoder(name, tag, meta=True)
+        config = open_clip.get_pretrained_cfg(name, tag)
+        assert size == (512, 512) if "512" in name else (224, 224)
+        normalize = transform.transforms[-1]
+        assert tuple(normalize.mean) == tuple(config.get("mean") or open_clip.OPENAI_DATASET_MEAN)
+
+
+def test_a_name_that_openclip_was_told_of(tmp_path: Path) -> None:
+    open_clip.add_model_config(config_file(tmp_path, VIT, "told-of"))
+    assert patch_width(*load_vision_encoder("told-of")[::2]) == 32
 
 
 def test_two_configs_of_one_name_are_two_models(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from open_flamingo.weights import embedding_name
 from tests.families import FAMILIES
 from tests.sharding_program import small_flamingo
 from tests.test_train import metrics
-from tests.tiny import ROOT, assert_same, finished, torchrun
+from tests.tiny import ROOT, VISION_CONFIG, assert_same, finished, torchrun
 
 # The ways differ in the order in which float32 numbers are added: a relative 1e-7 per sum. AdamW divides each gradient by its own
 # size, so where one is as small as its rounding error (or AdamW's eps of 1e-8), that weight's update is arbitrary: one number in
@@ -101,6 +102,22 @@ def test_each_rank_holds_its_share_in_bytes(results: dict[int, dict[Any, Any]]) 
             strategy, _, frozen = way[0].partition(", ")
             for rank, held in enumerate(result["held"]):
                 assert held == expected(rank, shards[strategy], bool(frozen)), (processes, way, rank)
+
+
+def test_only_rank_0_reads_the_backbones(backbones: list[str], tmp_path: Path) -> None:
+    """Rank 1 makes them on the meta device. Towers whose positions lie in buffers that no state dict holds are as on rank 0."""
+    trunks = {
+        "rope": "vit_pe_core_tiny_patch16_384",
+        "windows": "swin_tiny_patch4_window7_224",
+        "batch norm": "test_efficientnet",
+    }
+    for name, trunk in trunks.items():
+        vision = {"timm_model_name": trunk, "timm_model_pretrained": True, "image_size": 384 if name == "rope" else 224}
+        (tmp_path / f"{name}.json").write_text(json.dumps(VISION_CONFIG | {"vision_cfg": vision}))
+    lm_path = next(flag.partition("=")[2] for flag in backbones if flag.startswith("--lm_path="))
+    configs = [str(tmp_path / f"{name}.json") for name in trunks]
+    output = finished(torchrun(2, ROOT / "tests" / "backbones_program.py", lm_path, *configs))
+    assert output.count("the same: ") == 2 * len(trunks), output
 
 
 def test_a_checkpoint_goes_on_under_any_strategy_and_world_size(flags: list[str], tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="OpenCLIP model name, hf-hub:<repo>, local-dir:<folder>, or the path of an OpenCLIP model config (.json)",
     )
     model.add_argument(
-        "--vision_encoder_pretrained", default="openai", help="OpenCLIP weight tag, or a local file of weights"
+        "--vision_encoder_pretrained",
+        default="openai",
+        help="OpenCLIP weight tag, or a local file of weights; not needed where hf-hub: or local-dir: brings them",
     )
     model.add_argument(
         "--lm_path", default="facebook/opt-1.3b", help="Hugging Face causal language model: name or folder"
@@ -503,7 +505,11 @@ def check_backbones(args: argparse.Namespace) -> None:
     """ValueError or FileNotFoundError, naming the flag, for a backbone that cannot be one."""
     values: list[tuple[str, str, Callable[[str], None]]] = [
         ("--vision_encoder_path", args.vision_encoder_path, check_vision_encoder),
-        ("--vision_encoder_pretrained", args.vision_encoder_pretrained, check_vision_weights),
+        (
+            "--vision_encoder_pretrained",
+            args.vision_encoder_pretrained,
+            lambda value: check_vision_weights(value, args.vision_encoder_path),
+        ),
         ("--lm_path", args.lm_path, check_language_model),
     ]
     if args.tokenizer_path is not None:
