@@ -3,7 +3,7 @@
 A fault is {"what": "loss" or "gradient", "kind": "laion" or "mmc4", "rank": 1, "updates": [3]}: the loss of that dataset, or the
 gradient that it gives the resampler's latents, becomes NaN on that rank in those updates. {"what": "no weight", ...} makes
 that loss count nothing instead, {"what": "error", ...} raises. With {"collective_end": true}, a process group is taken down with
-all ranks together or not at all, as NCCL does it.
+all ranks together or not at all, as NCCL does it. {"seconds_building": 10} has rank 0 take that long to build the model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import open_flamingo
 from open_flamingo.train import step
 from open_flamingo.train.health import Health
 from open_flamingo.train.train import main
 
-loss_of, begin = step.loss_of, Health.begin
+loss_of, begin, build = step.loss_of, Health.begin, open_flamingo.create_model_and_transforms
 destroy_process_group = dist.destroy_process_group
 update = 0
 
@@ -50,6 +51,11 @@ def faulty_loss(model: Any, batch: Any, source: Any, precision: str) -> torch.Te
     return loss
 
 
+def build_slowly(*args: Any, **kwargs: Any) -> Any:
+    time.sleep(0 if kwargs["meta"] else plan["seconds_building"])
+    return build(*args, **kwargs)
+
+
 def end_together() -> None:
     dist.barrier()
     destroy_process_group()
@@ -69,6 +75,8 @@ if __name__ == "__main__":
     plan = json.loads(sys.argv[1])
     step.loss_of = faulty_loss
     Health.begin = count_updates  # type: ignore[method-assign]
+    if "seconds_building" in plan:
+        open_flamingo.create_model_and_transforms = build_slowly
     if plan.get("collective_end"):
         dist.destroy_process_group = end_together
     main(sys.argv[2:])

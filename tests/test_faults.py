@@ -34,8 +34,8 @@ LONG = ["--train_num_samples_laion=96", "--train_num_samples_mmc4=48"]  # 12 upd
 LAST = "checkpoint_1.pt"
 
 
-def plan(*faults: dict[str, Any], seconds: float = 0.0, collective_end: bool = False) -> str:
-    return json.dumps({"faults": faults, "seconds_an_update": seconds, "collective_end": collective_end})
+def plan(*faults: dict[str, Any], seconds: float = 0.0, **more: Any) -> str:
+    return json.dumps({"faults": faults, "seconds_an_update": seconds, **more})
 
 
 def fault(what: str, kind: str, *rank: int, updates: list[int]) -> dict[str, Any]:
@@ -278,6 +278,35 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
         rf"Rank {rank} \(\S+, pid {victim}\) has died or hangs: last heard of at update \d+, \S.*\.tar", output
     ), output
     wait_for(lambda: not alive(victim))
+
+
+def test_a_hanging_loader_worker_is_named_by_its_own_rank(disturbed: list[str], tmp_path: Path) -> None:
+    """The other rank, which waits for this one, has less to say, and lets it speak first."""
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=5")
+    wait_for(lambda: updates_done(tmp_path / "run") >= 3, process)
+    rank = ranks_of(process)[1]
+    workers = sorted(int(pid) for pid in Path(f"/proc/{rank}/task/{rank}/children").read_text().split())
+    assert len(workers) == 2  # of LAION, and of MMC4
+    os.kill(workers[1], signal.SIGSTOP)
+    output, _ = process.communicate()
+    assert re.search(
+        rf"\[rank 1\] \S+ E mmc4 loader worker 0 of rank 1 \(pid {workers[1]}\), .*\.tar .* hangs: it has given nothing for 5 s",
+        output,
+    ), output
+    assert "--dist_timeout" not in output, output
+    assert not any(map(alive, workers))
+
+
+def test_a_start_may_take_longer_than_an_update(disturbed: list[str], tmp_path: Path) -> None:
+    finished(torchrun(2, FAULTY, plan(seconds_building=12), *disturbed, "--dist_timeout=3", "--num_epochs=1"))
+    process = torchrun(2, FAULTY, plan(seconds_building=99), *disturbed, "--startup_timeout=5", "--num_epochs=2")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    rank_0 = r"Rank 0 \(\S+, pid \d+\) is behind: last heard of at building the model"
+    assert re.search(
+        rf"rank 1 has been at waiting for the models of the other ranks for \d+ s \(--startup_timeout\). {rank_0}",
+        output,
+    ), output
 
 
 def test_ranks_whose_torchrun_is_killed_save_and_end(

@@ -326,9 +326,8 @@ def test_a_run_goes_back_within_its_folder_and_loses_nothing(
     back = [*flags, "--run_name=run", "--learning_rate=1e-3"]
     main([*back, "--resume_from_checkpoint=run/checkpoint_0.pt", "--num_epochs=2"])
     assert sorted(path.name for path in Path("run").glob("*.pt")) == ["checkpoint_1.pt"]
-    assert [(line["step"], line["lr"] <= 1e-3) for line in metrics(Path("run"))][3:] == [
-        (step, step > 4) for step in range(4, 9)
-    ]
+    assert [line["step"] for line in metrics(Path("run"))] == list(range(1, 9))
+    assert all(line["lr"] <= 1e-3 for line in metrics(Path("run"))[4:])
     assert Path("run/set_aside_1/checkpoint_2.pt").read_bytes() == further
     assert [line["step"] for line in metrics(Path("run/set_aside_1"))] == list(range(1, 13))
 

@@ -393,7 +393,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--dist_timeout",
         type=seconds,
         default=600.0,
-        help="seconds that a rank waits for the others, and for its loader, before it ends the job",
+        help="seconds without a batch after which a loader counts as hung while training; the other ranks wait a quarter "
+        "longer for its rank before they end the job",
+    )
+    distributed.add_argument(
+        "--startup_timeout",
+        type=seconds,
+        default=3600.0,
+        help="the same before the first update is done: rank 0 may download the model, verify a checkpoint and compile",
     )
     distributed.add_argument("--horovod", action="store_true", help="started by horovodrun: ask Horovod for the rank")
     distributed.add_argument("--no-set-device-rank", action="store_true", help="use device 0 in every process")

@@ -46,6 +46,7 @@ class World:
     device: torch.device
     launcher: str  # what told us, in words
     local_world_size: int = 1  # ranks of this node
+    store: dist.Store | None = None  # in which the ranks have met; None for one process
 
     @property
     def is_main(self) -> bool:
@@ -269,29 +270,30 @@ def distributed(
         yield World(0, 1, place.local_rank, device, place.launcher)
         return
 
-    how: dict[str, Any]
+    store: dist.Store
     if place.world_size == 1:
-        how = {"store": dist.HashStore()}
+        store = dist.HashStore()
     elif place.launcher == HOROVOD and dist_url == "env://":
-        how = {"store": _meet_through_horovod(place)}
+        store = _meet_through_horovod(place)
     elif place.launcher == TORCHRUN and dist_url == "env://":
-        how = {"store": _meet_through_torchrun(place, timedelta(seconds=timeout))}
+        store = _meet_through_torchrun(place, timedelta(seconds=timeout))
     else:
-        how = {"init_method": meeting_point(place, dist_url)}
-        log.info("%s: %d processes meet at %s", place.launcher, place.world_size, _in_words(how["init_method"]))
+        url = meeting_point(place, dist_url)
+        log.info("%s: %d processes meet at %s", place.launcher, place.world_size, _in_words(url))
+        store, _, _ = next(dist.rendezvous(url, place.rank, place.world_size, timeout=timedelta(seconds=timeout)))
     dist.init_process_group(
         backend=backend if device.type == "cuda" else "gloo",
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" and backend == "nccl" else None,
-        **how,
+        store=dist.PrefixStore("process group", store),
     )
     if place.launcher == HOROVOD:
         _horovod().shutdown()  # from here on torch.distributed does what its threads would wait for
     try:
         local_world_size = place.local_world_size or ranks_of_node()
-        yield World(place.rank, place.world_size, place.local_rank, device, place.launcher, local_world_size)
+        yield World(place.rank, place.world_size, place.local_rank, device, place.launcher, local_world_size, store)
     finally:
         dist.destroy_process_group()
 

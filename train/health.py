@@ -127,12 +127,11 @@ class Health:
         self._update = update
         self._part_left_out = False
         self._keys = []
-        self.at("loading data")
 
     def at(self, where: str) -> None:
         """For the watchdog: the training has come to `where`. All ranks call this in the same places."""
         if self._watchdog is not None:
-            self._watchdog.at(f"update {self._update}, {where}")
+            self._watchdog.set_phase(f"update {self._update}, {where}")
 
     def before_forward(self, kind: str, batch: Batch) -> None:
         self._keys += batch.keys
@@ -246,125 +245,129 @@ class _Report(NamedTuple):
     """What a rank lets the others know of itself."""
 
     beat: int  # grows while the process lives
-    progress: int  # grows as the training does, in the same way on all ranks
-    where: str
+    progress: int  # phases begun, the same on all ranks that are equally far
+    phase: str
     host: str
     pid: int
 
 
 class Watchdog:
-    """Ends this process when nothing has happened for `timeout` seconds, and says which rank is to blame.
+    """Ends this process when it has been in one phase for longer than that phase may take, and says which rank is behind.
 
-    A thread tells the others, through the store in which the ranks have met, that this process lives and how far it is;
-    another watches the time. Neither disturbs the training. It also sees when the torchrun above it has died, and then
-    asks for a stop, as a SIGTERM does.
+    One thread sends heartbeats to the store in which the ranks have met, and reads there who is behind when that is asked for;
+    another watches the time, as the store may not answer. Neither disturbs the training. The second also sees when the
+    torchrun above has died, and then asks for a stop, as a SIGTERM does.
 
     Args:
-        timeout: in seconds.
+        timeout: of a phase of the training, in seconds.
+        startup_timeout: of a phase before the first update is done.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
+    def __init__(self, world: World, timeout: float, startup_timeout: float) -> None:
         self._world = world
         self._timeout = timeout
+        self._limit: float | None = startup_timeout
+        self._default_limit = startup_timeout
         self._interval = min(1.0, timeout / 10)
-        self._store: dist.Store | None = None
-        self._rank_0: _Report | None = None  # the last that was heard of it: it keeps the store
-        self._silent: list[_Report] = []
-        self._progress, self._where, self._since = 0, "the start", time.monotonic()
-        self._over = threading.Event()
+        self._progress, self._phase, self._since = 0, "the start", time.monotonic()
+        self._rank_0: _Report | None = None  # the last that was heard of the rank that keeps the store
+        self._store = world.store.clone() if world.store is not None and world.world_size > 1 else None
+        self._over, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._verdict: str | None = None
+        self._heard = time.monotonic()  # from the store
         self._parent = os.getppid()
 
     def __enter__(self) -> Watchdog:
-        self.at("the start")
-        if dist.is_initialized() and self._world.world_size > 1:
-            # A connection of its own: the training may be waiting on the other one.
-            self._store = dist.distributed_c10d._get_default_store().clone()
-            threading.Thread(target=self._tell, name="heartbeat", daemon=True).start()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        for loop in (self._heartbeat, self._watch) if self._store is not None else (self._watch,):
+            threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
 
-    def at(self, where: str) -> None:
-        """The training has come to `where`. All ranks call this in the same places."""
-        self._progress, self._where, self._since = self._progress + 1, where, time.monotonic()
+    def set_phase(self, phase: str, limited: bool = True) -> None:
+        """The run has come to `phase`. All ranks call this in the same places.
 
-    def _tell(self) -> None:
-        assert self._store is not None
-        beat = 0
-        while not self._over.is_set():
-            beat += 1
-            report = _Report(beat, self._progress, self._where, socket.gethostname(), os.getpid())
-            try:
-                self._store.set(_key(self._world.rank), json.dumps(report))
-                self._rank_0 = _Report(*json.loads(self._store.get(_key(0))))
-            except RuntimeError:  # rank 0 is gone: the training will notice
-                return
-            self._over.wait(self._interval)
+        Args:
+            limited: False for what may rightly take any time, such as writing a checkpoint: a line is logged each minute.
+        """
+        self._progress, self._phase, self._since = self._progress + 1, phase, time.monotonic()
+        self._limit = self._default_limit if limited else None
+
+    def startup_is_over(self) -> None:
+        self._default_limit = self._timeout
 
     def _watch(self) -> None:
+        minutes = 0
         while not self._over.wait(self._interval):
             if self._world.launcher == TORCHRUN and os.getppid() != self._parent:
                 log.error("torchrun (pid %d) has died: stopping", self._parent)
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._parent = os.getppid()
-            if self._world.world_size > 1 and time.monotonic() - self._since > self._timeout:
-                self._give_up()
+            elapsed, limit = time.monotonic() - self._since, self._limit
+            if limit is None and int(elapsed / 60) > minutes:
+                log.info("%s: %d s so far", self._phase, elapsed)
+            minutes = int(elapsed / 60)
+            if limit is not None and elapsed > limit and self._world.world_size > 1:
+                flag = "--startup_timeout" if limit != self._timeout else "--dist_timeout"
+                where = f"rank {self._world.rank} has been at {self._phase} for {elapsed:.0f} s ({flag})"
+                log.error("%s. %s", where, self.diagnose() or "No rank is known to be behind.")
+                for handler in logging.getLogger("open_flamingo").handlers:
+                    handler.flush()
+                os._exit(1)
 
-    def _give_up(self) -> None:
-        where = f"rank {self._world.rank} has been at {self._where} for {self._timeout:g} s (--dist_timeout)"
-        log.error("%s. %s", where, self.explain() or "All ranks are there.")
-        for handler in log.parent.handlers if log.parent else ():
-            handler.flush()
-        for report in self._silent:  # a stopped process would outlive the job
-            if report.host == socket.gethostname():
-                try:
-                    os.kill(report.pid, signal.SIGKILL)
-                except OSError:
+    def _heartbeat(self) -> None:
+        assert self._store is not None
+        beat, asks = 0, False
+        try:
+            while not self._over.wait(self._interval if beat else 0):
+                beat += 1
+                report = _Report(beat, self._progress, self._phase, socket.gethostname(), os.getpid())
+                self._store.set(_key(self._world.rank), json.dumps(report))
+                self._rank_0 = _Report(*json.loads(self._store.get(_key(0))))
+                self._heard = time.monotonic()
+                if not self._asked.is_set():
                     continue
-        os._exit(1)
+                if not asks:  # one rank does, and tells the others
+                    asks = True
+                    if self._store.add("health/asked", 1) == 1:
+                        self._store.set("health/verdict", self._compare())
+                if self._store.check(["health/verdict"]):
+                    self._verdict = self._store.get("health/verdict").decode()
+                    self._answered.set()
+        except RuntimeError:  # the store has gone with its rank
+            self._verdict = _last_heard(0, "has died or hangs", self._rank_0)
+            self._answered.set()
 
-    def explain(self) -> str | None:
+    def diagnose(self) -> str | None:
         """Which rank the others wait for, in words; None if there is none. Takes some seconds."""
-        found: list[str | None] = []
-        # In a thread: a store whose keeper is stopped never answers.
-        thread = threading.Thread(target=lambda: found.append(self._compare()), daemon=True)
-        thread.start()
-        thread.join(3 * self._interval + 5)
-        return found[0] if found else self._rank_0_is_gone()
-
-    def _rank_0_is_gone(self) -> str:
-        self._silent = [] if self._rank_0 is None else [self._rank_0]
-        return _last_heard(0, "has died or hangs", self._rank_0)
-
-    def _compare(self) -> str | None:
+        self._limit = None  # the process ends with what is found here
         if self._store is None:
             return None
-        try:
-            before = self._read()
-            time.sleep(3 * self._interval)
-            now = self._read()
-        except RuntimeError:
-            return self._rank_0_is_gone()
-        silent = [rank for rank in now if rank != self._world.rank and now[rank] == before.get(rank)]
-        silent += [rank for rank in range(self._world.world_size) if rank not in now]
-        self._silent = [now[rank] for rank in silent if rank in now]
-        if silent:
+        self._asked.set()
+        if self._answered.wait(10 + 6 * self._interval):
+            time.sleep(2 * self._interval)  # this process may keep the store, and the others have not read it yet
+            return self._verdict or None
+        if time.monotonic() - self._heard < 5 + 2 * self._interval:
+            return None  # the rank that compares is gone; what it found is in its log
+        return f"{_last_heard(0, 'has died or hangs', self._rank_0)} (The store that it keeps does not answer.)"
+
+    def _compare(self) -> str:
+        """What the reports of all ranks say, read twice; empty if none is behind."""
+        before = self._read()
+        time.sleep(3 * self._interval)
+        now = self._read()
+        others = [rank for rank in range(self._world.world_size) if rank != self._world.rank]
+        if silent := [rank for rank in others if rank not in now or now[rank] == before.get(rank)]:
             return " ".join(_last_heard(rank, "has died or hangs", now.get(rank)) for rank in silent)
         least = min(report.progress for report in now.values())
         behind = [rank for rank, report in now.items() if report.progress == least]
-        if len(behind) == len(now):
-            return None
-        return " ".join(_last_heard(rank, "keeps the others waiting", now[rank]) for rank in behind)
+        return " ".join(_last_heard(rank, "is behind", now[rank]) for rank in behind if len(behind) < len(now))
 
     def _read(self) -> dict[int, _Report]:
         assert self._store is not None
-        reports = {}
-        for rank in range(self._world.world_size):
-            if self._store.check([_key(rank)]):
-                reports[rank] = _Report(*json.loads(self._store.get(_key(rank))))
-        return reports
+        ranks = [rank for rank in range(self._world.world_size) if self._store.check([_key(rank)])]
+        return {rank: _Report(*json.loads(self._store.get(_key(rank)))) for rank in ranks}
 
 
 def _key(rank: int) -> str:
@@ -373,8 +376,8 @@ def _key(rank: int) -> str:
 
 def _last_heard(rank: int, what: str, report: _Report | None) -> str:
     if report is None:
-        return f"Rank {rank} {what}: it was never heard of."
-    return f"Rank {rank} ({report.host}, pid {report.pid}) {what}: last heard of at {report.where}."
+        return f"Rank {rank} {what}: it never reported."
+    return f"Rank {rank} ({report.host}, pid {report.pid}) {what}: last heard of at {report.phase}."
 
 
 def is_of_communication(error: RuntimeError) -> bool:

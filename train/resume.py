@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Where the run happens and what it reports is not part of what it computes.
 _NOT_RECORDED = (
     *("run_name", "resume_from_checkpoint", "report_to_wandb", "wandb_project", "wandb_entity", "offline"),
-    *("trust_remote_code", "dist_timeout", "save_errors"),
+    *("trust_remote_code", "dist_timeout", "startup_timeout", "save_errors"),
 )
 
 

@@ -132,6 +132,7 @@ def train_update(
     for micro in range(accumulation):
         for source in sources:
             last = micro == accumulation - 1 and source is sources[-1]
+            health.at(f"loading {source.kind} data")
             batch = source.next_batch()
             health.before_forward(source.kind, batch)
             with gradient_sync(model, synchronise=last):

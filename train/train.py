@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     args.dist_backend,
                     not args.no_set_device_rank,
                     group_of_one=args.fsdp or args.checkpoint_format == "sharded",
-                    timeout=args.dist_timeout,
+                    timeout=process_group_timeout(args),
                 )
                 world = stack.enter_context(group)
             stack.enter_context(fast_kernels(world.device, args.precision, args.compile))
-            watchdog = stack.enter_context(Watchdog(world, args.dist_timeout))
+            watchdog = stack.enter_context(Watchdog(world, *watchdog_limits(args)))
             with alone_in_trouble(world, watchdog):
                 stopped_by = train(args, world, watchdog)
     except (Refused, DataError) as error:
@@ -71,6 +71,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from error
     if stopped_by is not None:
         raise SystemExit(EXIT_STOPPED)
+
+
+# Of several limits that fall together, the one with the most to say must come first: a loader that hangs (which worker, which shard)
+# before the ranks that wait for its rank (which rank, in which phase), and these before torch (nothing).
+
+
+def watchdog_limits(args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds that a phase may take: of the training, and before its first update is done."""
+    return 1.25 * args.dist_timeout + 5, 1.25 * args.startup_timeout + 5
+
+
+def process_group_timeout(args: argparse.Namespace) -> float:
+    return 2 * max(watchdog_limits(args)) + 60
 
 
 class Refused(RuntimeError):
@@ -100,7 +113,7 @@ def alone_in_trouble(world: World, watchdog: Watchdog) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if is_of_communication(error) and (reason := watchdog.explain()):
+            if is_of_communication(error) and (reason := watchdog.diagnose()):
                 raise Refused(reason) from error
             raise
     except BaseException as error:
@@ -177,7 +190,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
                 log_in_to_wandb()
 
     # ---------------------------------------------------------------- model
-    watchdog.at("building the model")
+    watchdog.set_phase("building the model")
     torch.manual_seed(args.seed)
     with refusing("cannot build the model"), together():
         # Rank 0 reads the weights; the others get theirs from it.
@@ -194,10 +207,13 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             train_output_rows=args.train_output_rows,
             meta=not world.is_main,
         )
+        watchdog.set_phase(
+            "waiting for the models of the other ranks"
+        )  # after which only those are behind that build still
     with refusing("cannot resume"), together():
         if world.is_main:
             restore_model(start, model)
-    watchdog.at("spreading the model")
+    watchdog.set_phase("broadcasting the model")
     hold_weights(model, args.precision)
     parallel_model = parallelise(model, world, sharding)
     parallel_model.train()
@@ -208,7 +224,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     start.checkpoint = None  # the memory
 
     # ---------------------------------------------------------------- data
-    watchdog.at("opening the data")
+    watchdog.set_phase("opening the data")
     with refusing("cannot load the data"):
         sources = [
             Source(
@@ -279,7 +295,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             path = checkpoint.within_epoch_path(folder, progress.epoch, progress.step, is_sharded)
         else:
             path = checkpoint.epoch_end_path(folder, progress.epoch - 1, is_sharded)
-        watchdog.at(f"update {progress.step}, saving {path}")
+        watchdog.set_phase(f"update {progress.step}, saving {path}", limited=False)
         with refusing("nothing is saved, and training ends"), together():
             check_finite(model, optimizer)
         lanes = next(iter(options.values())).lanes
@@ -310,6 +326,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
                 health,
                 average,
             )
+            watchdog.startup_is_over()
             reporter.advance()
 
             if step % args.logging_steps == 0 or step == total_steps:
@@ -332,6 +349,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
                 save(progress)
             if ends:
                 break
+        watchdog.set_phase("finishing the last checkpoint and the log", limited=False)
         write(saver.finish)
 
     reporter.close()
@@ -340,7 +358,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     # Before the process group goes: a process that ends with a live DDP object, which is part of a cycle, may abort.
     del parallel_model, average
     gc.collect()
-    watchdog.at("the end")
+    watchdog.set_phase("the end", limited=False)
     gather_objects(None)  # launchers end all ranks when the first has ended with a code: let rank 0 finish its writing
     if unsaved is not None:
         raise Refused(f"after update {step}, {unsaved}")
@@ -395,6 +413,7 @@ def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None
             mmc4_min_num_images=args.mmc4_min_num_images,
             shuffle_buffer=getattr(args, f"shuffle_buffer_{kind}"),
             timeout=args.dist_timeout,
+            startup_timeout=args.startup_timeout,
             rank=world.rank,
             world_size=world.world_size,
         )

@@ -19,15 +19,12 @@ import math
 import os
 import signal
 import threading
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,10 +49,6 @@ MIN_LANES = 16
 SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}
 # How often, in seconds, it is seen to whether the workers live, while a batch is waited for.
 POLL = 5.0
-# How long a worker outlives a SIGTERM, in seconds: while the training process saves, it must not lose its workers.
-GRACE = 120
-# The exit code of a worker that had no room in /dev/shm.
-NO_SHARED_MEMORY = 74
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,9 @@ class DataOptions:
         shuffle_buffer: undecoded samples held for shuffling, in each lane; None for 500 (LAION) or 32 (MMC4). Memory is
             lanes ÷ (ranks × workers) of these in each process.
         prefetch: batches that the workers are ahead.
-        timeout: seconds without anything from a worker after which it counts as hung. More than three times `streams.STALL`, so
-            that what hangs is first tried again.
+        timeout: seconds without a batch after which a worker counts as hung. More than three times `streams.STALL`, so that what
+            hangs is first tried again.
+        startup_timeout: the same for the first batch, before which shuffle buffers are filled.
     """
 
     kind: str
@@ -92,6 +86,7 @@ class DataOptions:
     shuffle_buffer: int | None = None
     prefetch: int = 2
     timeout: float = 600.0
+    startup_timeout: float = 3600.0
     rank: int = 0
     world_size: int = 1
 
@@ -273,6 +268,13 @@ class LaneDataset(IterableDataset):
             yield from self._shares(0 if worker is None else worker.id)
         except DataError as error:
             yield _Failure(str(error))
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            yield _Failure(
+                f"a {self.options.kind} loader worker of rank {self.options.rank} found no shared memory for its images: give "
+                "/dev/shm more room (docker run --shm-size=16g, or --ipc=host), or use fewer --workers"
+            )
 
     def _shares(self, worker: int) -> Iterator[_Share]:
         options, state = self.options, self.state
@@ -292,36 +294,24 @@ class LaneDataset(IterableDataset):
                 samples.append(next(lanes[i % options.lanes]))
                 i += processes
             cursors = {index: lane.cursor for index, lane in lanes.items()}
-            yield self.collate(samples, cursors, counts.take())
+            share = self.collate(samples, cursors, counts.take())
+            if options.workers:
+                # torch would do it in a thread of its own, whose errors are printed and lost.
+                share.images.share_memory_()
+            yield share
 
 
 def _start_worker(worker: int) -> None:
-    # Else the tokenizer warns of the fork, once a worker; its threads would only take cores from other workers.
+    # Otherwise each worker's tokenizer warns of the fork; its threads would only take cores from other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # SLURM sends signals to every process of a job. They are meant for the training process, which saves and then stops its
-    # workers; torch would take a worker that died first for a crash.
-    for name in (signal.SIGINT, signal.SIGUSR1):
+    # SLURM sends signals to every process of a job. They are meant for the training process, which finishes its update and saves
+    # first, and then stops its workers. (A worker whose parent has died ends by itself.)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminate_later)
-    # A hook of Python's, which its pools of processes use too.
-    Queue._on_queue_feeder_error = staticmethod(_end_without_share)  # type: ignore[attr-defined]
-
-
-def _end_without_share(error: Exception, share: Any) -> None:
-    """Ends a worker whose share cannot be sent. It would only be told of, and waited for in vain."""
-    if "shared memory" in str(error):
-        os._exit(NO_SHARED_MEMORY)
-    traceback.print_exception(error)
-    os._exit(1)
-
-
-def _terminate_later(signum: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who asks twice means it
-    signal.alarm(GRACE)
 
 
 @contextmanager
-def _deaths_in_silence() -> Iterator[None]:
+def _without_sigchld_handler() -> Iterator[None]:
     """Takes back the handler by which torch raises as soon as a worker dies: wherever the training is, in the middle of a save, say.
 
     Here a dead worker is an error when its share is waited for.
@@ -337,12 +327,7 @@ def _deaths_in_silence() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _manner_of_death(exitcode: int | None) -> str:
-    if exitcode == NO_SHARED_MEMORY:
-        return (
-            "found no shared memory for its pictures: give /dev/shm more room (docker run --shm-size=16g, or --ipc=host), or "
-            "use fewer --workers"
-        )
+def _describe_exit(exitcode: int | None) -> str:
     if exitcode is None or exitcode >= 0:
         return f"ended with exit status {exitcode}"
     hints = {signal.SIGKILL: ": is the machine out of memory?", signal.SIGBUS: ": is /dev/shm full?"}
@@ -367,56 +352,6 @@ def _is_stopped(pid: int | None) -> bool:
         return False
 
 
-class _Watchdog:
-    """Kills a worker that is waited for in vain.
-
-    torch's own time-out is not enough: it covers the wait for the news that a share is ready, but the share itself is then asked
-    for from the worker, and a stopped one never answers.
-
-    Attributes:
-        hung: the worker that was killed.
-    """
-
-    def __init__(self, timeout: float, workers: list[BaseProcess]) -> None:
-        self.hung: int | None = None
-        self._timeout = timeout
-        self._workers = workers
-        self._waiting: tuple[int, float] | None = None  # for whom, until when
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    @contextmanager
-    def watching(self, worker: int) -> Iterator[None]:
-        """A wait for `worker`; one that goes on from another for the same worker has no more time."""
-        if self._workers and self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="loader watchdog", daemon=True)
-            self._thread.start()
-        if self._waiting is None or self._waiting[0] != worker:
-            self._waiting = worker, time.monotonic() + self._timeout
-        yield
-        self._waiting = None  # not where it fails: it is still waited for
-
-    def stop(self) -> None:
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(min(POLL, self._timeout)):
-            waiting = self._waiting
-            if waiting is None or time.monotonic() < waiting[1]:
-                continue
-            if self.hung is None:
-                # Shares come in any order: that of another worker may be ahead, and be asked for from it in vain. Only one
-                # that is stopped as a whole does not answer.
-                stopped = (number for number, process in enumerate(self._workers) if _is_stopped(process.pid))
-                self.hung = next(stopped, waiting[0])
-                self._workers[self.hung].kill()
-            else:  # whatever it is that is waited for, it comes from one of them
-                for process in self._workers:
-                    process.kill()
-
-
 class Loader:
     """Batches without end. Iterate it once; `close` it, or leave it with `with`, to stop its workers."""
 
@@ -434,14 +369,15 @@ class Loader:
             num_workers=workers,
             prefetch_factor=self.options.prefetch if workers else None,
             worker_init_fn=_start_worker if workers else None,
-            timeout=min(POLL, self.options.timeout) if workers else 0,
             # torch draws a seed for its workers: not from the generator that the training uses.
             generator=torch.Generator().manual_seed(0),
         )
-        with _deaths_in_silence():
+        with _without_sigchld_handler():
             self._shares: Iterator[_Share | _Failure] | None = iter(dataloader)
         self._workers: list[BaseProcess] = list(getattr(self._shares, "_workers", []))
-        self._watchdog = _Watchdog(self.options.timeout, self._workers)
+        self._limit = self.options.startup_timeout
+        self._awaited = 0  # the worker whose share is waited for
+        self._hanging: int | None = None
         # Who ends in an error closes nothing, and Python would send the workers a SIGTERM and wait for them, for GRACE.
         atexit.register(_kill_all, self._workers, os.getpid())
 
@@ -455,8 +391,16 @@ class Loader:
         """
         if self._shares is None:
             raise StopIteration
-        # torch gives the workers' shares in turn, beginning with the first worker's.
-        shares = [self._share(self._shares, worker) for worker in range(max(1, self.options.workers))]
+        # torch gives the workers' shares in turn, beginning with the first worker's. Its own time-out would not do: it does not
+        # cover the images, which are asked for from the worker, and a stopped one does not answer.
+        timer = threading.Timer(self._limit, self._kill_hanging)
+        timer.daemon = True
+        timer.start()
+        try:
+            shares = [self._share(self._shares, worker) for worker in range(max(1, self.options.workers))]
+        finally:
+            timer.cancel()
+        self._limit = self.options.timeout
         batch = self._join(shares)
         self.samples = batch.samples
         self._cursors |= batch.cursors
@@ -476,29 +420,29 @@ class Loader:
 
     def _share(self, shares: Iterator[_Share | _Failure], worker: int) -> _Share:
         """The next one, which is `worker`'s."""
-        while True:
-            try:
-                with self._watchdog.watching(worker):
-                    share = next(shares)
-            except (RuntimeError, OSError, EOFError) as error:
-                if not isinstance(error, RuntimeError):  # the connection to a worker broke: it is dying
-                    ended = wait([process.sentinel for process in self._workers], POLL)
-                    for process in self._workers:
-                        if process.sentinel in ended:  # its files are closed, but it may not have come to its end
-                            process.join(POLL)
-                for number, process in enumerate(self._workers):
-                    if number == self._watchdog.hung:
-                        what = f"hangs: it has given nothing for {self.options.timeout:g} seconds"
-                        self._fail(f"{self._name(number)} {what}")
-                    if not process.is_alive():
-                        self._fail(f"{self._name(number)} {_manner_of_death(process.exitcode)}")
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-            else:
-                if isinstance(share, _Failure):
-                    self.close()
-                    raise DataError(share.message)
-                return share
+        self._awaited = worker
+        try:
+            share = next(shares)
+        except (RuntimeError, OSError, EOFError):  # torch's for a worker that has died; or the connection to it broke
+            ended = wait([process.sentinel for process in self._workers], POLL)
+            if self._hanging is not None:
+                self._fail(f"{self._name(self._hanging)} hangs: it has given nothing for {self._limit:g} seconds")
+            for number, process in enumerate(self._workers):
+                if process.sentinel in ended:  # its files are closed, but it may not have come to its end
+                    process.join(POLL)
+                    self._fail(f"{self._name(number)} {_describe_exit(process.exitcode)}")
+            raise
+        if isinstance(share, _Failure):
+            self.close()
+            raise DataError(share.message)
+        return share
+
+    def _kill_hanging(self) -> None:
+        # One that is stopped is to blame, even if torch waits for another one's share, with its own ahead in the queue.
+        stopped = (number for number, process in enumerate(self._workers) if _is_stopped(process.pid))
+        self._hanging = next(stopped, self._awaited)
+        for process in self._workers:
+            process.kill()
 
     def _name(self, worker: int) -> str:
         """Who a worker is, and where it reads, as far as the batches that came tell."""
@@ -517,7 +461,6 @@ class Loader:
         raise DataError(message) from None
 
     def _kill(self) -> None:
-        self._watchdog.stop()
         _kill_all(self._workers, os.getpid())
         self._workers.clear()
 
