@@ -35,7 +35,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from open_flamingo.train.data import loader as loader_module
 from open_flamingo.train.data import streams, tars
 from open_flamingo.train.data.images import ImagePreparer
 from open_flamingo.train.data.laion import LaionPreparer
@@ -594,14 +593,9 @@ def test_a_flaky_network_changes_no_batch_and_no_cursor(tmp_path: Path, kind: st
 
 
 def workers_of(batches: Loader) -> list[int]:
-    pids = [worker.pid for worker in batches._workers]
+    pids = [worker.process.pid for worker in batches._workers]
     assert all(pids)
     return [pid for pid in pids if pid is not None]
-
-
-@pytest.fixture
-def quick_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "POLL", 0.5)
 
 
 @pytest.mark.parametrize("idle", [False, True], ids=["at work", "far ahead"])
@@ -614,14 +608,12 @@ def quick_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["SIGKILL", "SIGSEGV", "SIGSTOP"],
 )
-def test_a_worker_that_dies_or_hangs_is_named(
-    tmp_path: Path, number: signal.Signals, what: str, idle: bool, quick_poll: None
-) -> None:
+def test_a_worker_that_dies_or_hangs_is_named(tmp_path: Path, number: signal.Signals, what: str, idle: bool) -> None:
     pattern = write_laion(tmp_path, shards=3, samples=6)
-    batches = loader("laion", pattern, workers=2, lanes=4, timeout=2.0, startup_timeout=30.0, rank=1, world_size=2)
+    batches = loader("laion", pattern, workers=2, lanes=4, size=224, timeout=2.0, rank=1, world_size=2)
     next(batches)
     if idle:
-        time.sleep(1)  # its shares are ready, but they still have to be got from it
+        time.sleep(1)  # it waits in the middle of a share, as the pipe holds no more
     pids = workers_of(batches)
     os.kill(pids[1], number)
     with pytest.raises(DataError) as caught:
@@ -635,50 +627,39 @@ def test_a_worker_that_dies_or_hangs_is_named(
         next(batches)
 
 
-def test_a_stopped_worker_whose_share_comes_before_the_one_that_is_waited_for(tmp_path: Path, quick_poll: None) -> None:
-    """Its share is asked for from it, in the middle of the wait for a slower worker, and it never answers."""
+def test_a_worker_whose_read_never_returns_is_named(tmp_path: Path) -> None:
+    """Also where another worker is far ahead."""
     write_laion(tmp_path, shards=2, samples=6)
-    slow, fast = f"pipe:sleep 30; cat {tmp_path}/laion-000000.tar", f"{tmp_path}/laion-000001.tar"
-
-    def reads_slowly(seed: int) -> bool:  # the first worker does
-        return ShardOrder((slow, fast), 2, seed, "laion").url(0, 0) == slow
-
-    seed = next(filter(reads_slowly, range(99)))
-    batches = loader("laion", (slow, fast), workers=2, lanes=2, seed=seed, startup_timeout=3.0)
-    time.sleep(1.5)  # the second worker's share is ready
+    hangs, reads = f"{tmp_path}/hangs.tar", f"{tmp_path}/laion-000001.tar"
+    os.mkfifo(hangs)  # nobody writes to it
+    seed = next(s for s in range(99) if ShardOrder((hangs, reads), 2, s, "laion").url(1, 0) == hangs)
+    batches = loader("laion", (hangs, reads), workers=2, lanes=2, seed=seed, startup_timeout=2.0, timeout=9.0)
     pids = workers_of(batches)
-    os.kill(pids[1], signal.SIGSTOP)
-    with pytest.raises(DataError, match=rf"worker 1 of rank 0 \(pid {pids[1]}\).* hangs"):
+    with pytest.raises(DataError, match=rf"worker 1 of rank 0 \(pid {pids[1]}\).*hangs.tar .* nothing for 2 seconds"):
         next(batches)
     assert not any(running(pid) for pid in pids)
 
 
-def test_no_room_in_shared_memory_is_said_to_be_that(tmp_path: Path) -> None:
-    """Docker gives a container 64 MB. torch tells of a share that was lost, and then waits for it."""
+def test_a_full_dev_shm_does_not_matter(tmp_path: Path) -> None:
+    """Docker gives a container 64 MB."""
     pattern = write_laion(tmp_path, shards=2, samples=20)
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from open_flamingo.train.data import loader as module
 from tests.data_tools import loader
-module.POLL = 0.5
-for _ in loader("laion", {pattern!r}, workers=2, batch_size=80, lanes=2):
-    print("a batch", flush=True)
+with loader("laion", {pattern!r}, workers=2, batch_size=80, lanes=2) as batches:
+    print(len(next(batches).keys), "samples")
 """
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
         pytest.skip("needs to be root")
     small = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$0" "$@"'
     command = ["unshare", "--mount", "sh", "-c", small, sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
-    last = done.stderr.splitlines()[-1]
-    assert re.search(
-        r"DataError: a laion loader worker of rank 0 found no shared memory .* --shm-size.* --workers", last
-    ), done
-    assert "a batch" not in done.stdout
+    assert done.stdout == "80 samples\n", done
 
 
-def test_a_death_is_told_when_a_batch_is_wanted_and_not_before(tmp_path: Path, quick_poll: None) -> None:
-    """torch's own way is to raise at once, wherever the training is: in the middle of a save, say."""
+def test_a_death_is_told_when_a_batch_is_wanted_and_not_before(tmp_path: Path) -> None:
+    """Not wherever the training is: in the middle of a save, say."""
     pattern = write_laion(tmp_path, shards=2, samples=6)
     with loader("laion", pattern, workers=1) as batches:
         next(batches)
@@ -686,16 +667,15 @@ def test_a_death_is_told_when_a_batch_is_wanted_and_not_before(tmp_path: Path, q
         os.kill(pid, signal.SIGKILL)
         while running(pid):
             time.sleep(0.01)
-        time.sleep(0.1)
-        assert sum(range(1000)) == 499500, "the handler of SIGCHLD would have run by now"
+        time.sleep(0.1)  # time for a signal's handler
         with pytest.raises(DataError, match="SIGKILL"):
             list(islice(batches, 20))
 
 
-def test_a_slow_worker_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "POLL", 0.2)
-    write_laion(tmp_path, shards=1, samples=6)
-    with loader("laion", f"pipe:sleep 1; cat {tmp_path}/laion-000000.tar", workers=1, lanes=1) as batches:
+def test_the_first_batch_may_take_longer(tmp_path: Path) -> None:
+    write_laion(tmp_path, shards=1, samples=30)
+    slow = f"pipe:sleep 3; cat {tmp_path}/laion-000000.tar"
+    with loader("laion", slow, workers=1, lanes=1, timeout=2.0) as batches:
         assert len(list(islice(batches, 3))) == 3
 
 

@@ -1,7 +1,7 @@
 """Samples → batches, in an order that depends on the seed and the number of lanes alone.
 
-    LaneDataset     in each loader process: the shares of its process, for ever
-    DataLoader      torch's: the shares of a rank's workers, in turn
+    LaneDataset     in each loader process: the shares of its process, without end
+    _Worker         in the training process: a loader process, and the shares received from it
     Loader          in the training process: joins a share of each worker to a `Batch`
 
 Sample i of the run is the (i ÷ lanes)-th accepted sample of lane i mod lanes. It is loaded by process p = i mod (ranks ×
@@ -14,24 +14,26 @@ B batch, N images, T text tokens; H, W height and width of an image.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import math
+import multiprocessing
 import os
+import pickle
+import queue
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any, NoReturn
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from open_flamingo.train.data.images import ImagePreparer
 from open_flamingo.train.data.laion import LaionPreparer
@@ -47,8 +49,10 @@ MIN_LANES = 16
 # Undecoded samples in the shuffle buffer of each open shard. About 10 MB a lane: LAION pictures are some 20 KB; MMC4 documents
 # some 300 KB, and can be many MB.
 SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}
-# How often, in seconds, it is seen to whether the workers live, while a batch is waited for.
-POLL = 5.0
+# Seconds to wait for a killed worker. One that waits for a dead file server cannot even be killed.
+KILL_WAIT = 5.0
+# Bytes between a worker and the training process: the most that Linux grants everybody. Its default is 64 KiB, half an image.
+PIPE_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ class DataOptions:
         shuffle_buffer: undecoded samples held for shuffling, in each lane; None for 500 (LAION) or 32 (MMC4). Memory is
             lanes ÷ (ranks × workers) of these in each process.
         prefetch: batches that the workers are ahead.
-        timeout: seconds without a batch after which a worker counts as hung. More than three times `streams.STALL`, so that what
-            hangs is first tried again.
-        startup_timeout: the same for the first batch, before which shuffle buffers are filled.
+        timeout: seconds that a batch may take before the worker waited for counts as hung. More than three times
+            `streams.STALL`, so that a read that stalls is first tried again.
+        startup_timeout: the same for the first batch, for which the workers fill their shuffle buffers.
     """
 
     kind: str
@@ -85,7 +89,7 @@ class DataOptions:
     mmc4_min_num_images: int = 1
     shuffle_buffer: int | None = None
     prefetch: int = 2
-    timeout: float = 600.0
+    timeout: float = 450.0
     startup_timeout: float = 3600.0
     rank: int = 0
     world_size: int = 1
@@ -196,12 +200,9 @@ def _check_ranks(lanes: int, world_size: int) -> None:
 
 @dataclass
 class _Share:
-    """One worker's part of a batch: rows as in `Batch`, but images of all rows in one row [images, 3, H, W].
+    """One worker's part of a batch: rows as in `Batch`, but images of all rows in one row [images, 3, H, W]."""
 
-    Only they are a tensor: each one comes through a connection of its own to the worker, in memory that is shared.
-    """
-
-    images: Tensor
+    images: np.ndarray
     image_counts: list[int]
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -239,7 +240,7 @@ class _Collator:
         else:
             labels = mmc4_labels(input_ids, self.media_token_id, self.eoc_token_id, self.pad_token_id)
         return _Share(
-            images=torch.from_numpy(np.stack([image for sample in samples for image in sample.images])),
+            images=np.stack([image for sample in samples for image in sample.images]),
             image_counts=[len(sample.images) for sample in samples],
             input_ids=input_ids.numpy(),
             attention_mask=attention_mask.numpy(),
@@ -250,8 +251,8 @@ class _Collator:
         )
 
 
-class LaneDataset(IterableDataset):
-    """The shares of the process that iterates it, without end."""
+class LaneDataset:
+    """What each loader process reads."""
 
     def __init__(
         self, options: DataOptions, urls: list[str], prepare: Prepare, collate: _Collator, state: LoaderState
@@ -262,19 +263,12 @@ class LaneDataset(IterableDataset):
         self.collate = collate
         self.state = state
 
-    def __iter__(self) -> Iterator[_Share | _Failure]:
-        worker = get_worker_info()
+    def shares(self, worker: int) -> Iterator[_Share | _Failure]:
+        """The shares of loader process `worker` of this rank, without end but for a failure."""
         try:
-            yield from self._shares(0 if worker is None else worker.id)
+            yield from self._shares(worker)
         except DataError as error:
             yield _Failure(str(error))
-        except RuntimeError as error:
-            if "shared memory" not in str(error):
-                raise
-            yield _Failure(
-                f"a {self.options.kind} loader worker of rank {self.options.rank} found no shared memory for its images: give "
-                "/dev/shm more room (docker run --shm-size=16g, or --ipc=host), or use fewer --workers"
-            )
 
     def _shares(self, worker: int) -> Iterator[_Share]:
         options, state = self.options, self.state
@@ -294,62 +288,88 @@ class LaneDataset(IterableDataset):
                 samples.append(next(lanes[i % options.lanes]))
                 i += processes
             cursors = {index: lane.cursor for index, lane in lanes.items()}
-            share = self.collate(samples, cursors, counts.take())
-            if options.workers:
-                # torch would do it in a thread of its own, whose errors are printed and lost.
-                share.images.share_memory_()
-            yield share
+            yield self.collate(samples, cursors, counts.take())
 
 
-def _start_worker(worker: int) -> None:
-    # Otherwise each worker's tokenizer warns of the fork; its threads would only take cores from other workers.
+def _work(dataset: LaneDataset, number: int, sender: Connection) -> None:
+    """The program of a loader process."""
+    # Otherwise the tokenizer warns of the fork in every worker; its threads would only take cores from other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # SLURM sends signals to every process of a job. They are meant for the training process, which finishes its update and saves
-    # first, and then stops its workers. (A worker whose parent has died ends by itself.)
+    torch.set_num_threads(1)
+    # SLURM sends signals to every process of a job. They are meant for the training process, which finishes its update,
+    # saves and then kills its workers.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(BrokenPipeError):  # the training process has died
+        for share in dataset.shares(number):
+            sender.send_bytes(pickle.dumps(share, protocol=5))
 
 
-@contextmanager
-def _without_sigchld_handler() -> Iterator[None]:
-    """Takes back the handler by which torch raises as soon as a worker dies: wherever the training is, in the middle of a save, say.
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
-    Here a dead worker is an error when its share is waited for.
+
+class _Worker:
+    """A loader process of this rank, and the shares that were received from it.
+
+    Each has a pipe of its own: one that dies or stops in the middle of a share closes or blocks no other's. A thread
+    reads from it, so that the training process never waits longer than it wants to.
+
+    Args:
+        number: of the worker on this rank.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # torch sets none
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
+
+    def __init__(self, dataset: LaneDataset, number: int) -> None:
+        self._receiver, sender = multiprocessing.Pipe(duplex=False)
+        with suppress(OSError, AttributeError):  # not on Linux
+            fcntl.fcntl(sender.fileno(), fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        self.process = multiprocessing.Process(target=_work, args=(dataset, number, sender), daemon=True)
+        self.process.start()
+        sender.close()  # the worker's is the only one: when it dies, the pipe ends
+        self._shares: queue.SimpleQueue[_Share | _Failure | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(dataset.options.prefetch - 1)  # one more waits in the pipe
+        self._killed = False
+        threading.Thread(target=self._receive, name=f"loader worker {number}", daemon=True).start()
+
+    def _receive(self) -> None:
+        with suppress(EOFError, OSError):
+            while self._room.acquire() and not self._killed:
+                self._shares.put(pickle.loads(self._receiver.recv_bytes()))
+        self._receiver.close()
+        self._shares.put(None)
+
+    def take(self, timeout: float) -> _Share | _Failure | None:
+        """Its next share, None if it has ended. Raises queue.Empty after `timeout` seconds."""
+        self._room.release()
+        return self._shares.get(timeout=max(0.0, timeout))
+
+    def kill(self) -> None:
+        self._killed = True
+        self._room.release()
+        self.process.kill()  # a stopped process ignores all else
+
+    def describe_exit(self) -> str:
+        self.process.join(KILL_WAIT)
+        code = self.process.exitcode
+        if code is None or code >= 0:
+            return f"ended with exit status {code}: its own error message is above"
+        hint = ": is the machine out of memory?" if -code == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _describe_exit(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"ended with exit status {exitcode}"
-    hints = {signal.SIGKILL: ": is the machine out of memory?", signal.SIGBUS: ": is /dev/shm full?"}
-    number = signal.Signals(-exitcode)
-    return f"was killed by {number.name}{hints.get(number, '')}"
-
-
-def _kill_all(workers: list[BaseProcess], parent: int) -> None:
+def _kill(workers: list[_Worker], parent: int) -> None:
+    """Kills the workers of the process `parent`, if this is it and not a copy."""
     if os.getpid() != parent:
-        return  # a copy of the parent
-    for process in workers:
-        process.kill()  # a stopped process heeds nothing else
-    for process in workers:
-        process.join(POLL)  # not for ever: one that waits for a dead file server cannot even be killed
-
-
-def _is_stopped(pid: int | None) -> bool:
-    """Whether a signal or a debugger has stopped the process; False where there is no /proc."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
+        return
+    for worker in workers:
+        worker.kill()
+    deadline = time.monotonic() + KILL_WAIT
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
 
 
 class Loader:
@@ -362,24 +382,12 @@ class Loader:
         self._cursors = dict(dataset.state.cursors)
         self._pad_token_id = dataset.collate.pad_token_id
         self._pin = torch.cuda.is_available()
-        workers = self.options.workers
-        dataloader = DataLoader(
-            dataset,
-            batch_size=None,  # shares come as they are
-            num_workers=workers,
-            prefetch_factor=self.options.prefetch if workers else None,
-            worker_init_fn=_start_worker if workers else None,
-            # torch draws a seed for its workers: not from the generator that the training uses.
-            generator=torch.Generator().manual_seed(0),
-        )
-        with _without_sigchld_handler():
-            self._shares: Iterator[_Share | _Failure] | None = iter(dataloader)
-        self._workers: list[BaseProcess] = list(getattr(self._shares, "_workers", []))
-        self._limit = self.options.startup_timeout
-        self._awaited = 0  # the worker whose share is waited for
-        self._hanging: int | None = None
-        # Who ends in an error closes nothing, and Python would send the workers a SIGTERM and wait for them, for GRACE.
-        atexit.register(_kill_all, self._workers, os.getpid())
+        self._timeout = self.options.startup_timeout
+        self._workers = [_Worker(dataset, number) for number in range(self.options.workers)]
+        self._own_shares = dataset.shares(0)  # where there are no workers
+        self._closed = False
+        # Python would send the workers a SIGTERM, and wait for them.
+        atexit.register(_kill, self._workers, os.getpid())
 
     def __iter__(self) -> Loader:
         return self
@@ -387,30 +395,21 @@ class Loader:
     def __next__(self) -> Batch:
         """The next batch.
 
-        Raises DataError if the data is too broken to go on, or if a worker died or gives nothing for `options.timeout` seconds.
+        Raises DataError if the data is too broken to go on, or if a worker died, or gives nothing for `options.timeout` seconds.
         """
-        if self._shares is None:
+        if self._closed:
             raise StopIteration
-        # torch gives the workers' shares in turn, beginning with the first worker's. Its own time-out would not do: it does not
-        # cover the images, which are asked for from the worker, and a stopped one does not answer.
-        timer = threading.Timer(self._limit, self._kill_hanging)
-        timer.daemon = True
-        timer.start()
-        try:
-            shares = [self._share(self._shares, worker) for worker in range(max(1, self.options.workers))]
-        finally:
-            timer.cancel()
-        self._limit = self.options.timeout
-        batch = self._join(shares)
+        deadline = time.monotonic() + self._timeout
+        batch = self._join([self._share(worker, deadline) for worker in range(max(1, self.options.workers))])
+        self._timeout = self.options.timeout
         self.samples = batch.samples
         self._cursors |= batch.cursors
         return batch
 
     def close(self) -> None:
         """Stops the workers."""
-        # Its destructor shuts them down; torch has no other way to ask for it.
-        self._shares = None
-        self._kill()  # those that did not heed it
+        self._closed = True
+        _kill(self._workers, os.getpid())
 
     def __enter__(self) -> Loader:
         return self
@@ -418,51 +417,34 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _share(self, shares: Iterator[_Share | _Failure], worker: int) -> _Share:
-        """The next one, which is `worker`'s."""
-        self._awaited = worker
-        try:
-            share = next(shares)
-        except (RuntimeError, OSError, EOFError):  # torch's for a worker that has died; or the connection to it broke
-            ended = wait([process.sentinel for process in self._workers], POLL)
-            if self._hanging is not None:
-                self._fail(f"{self._name(self._hanging)} hangs: it has given nothing for {self._limit:g} seconds")
-            for number, process in enumerate(self._workers):
-                if process.sentinel in ended:  # its files are closed, but it may not have come to its end
-                    process.join(POLL)
-                    self._fail(f"{self._name(number)} {_describe_exit(process.exitcode)}")
-            raise
+    def _share(self, number: int, deadline: float) -> _Share:
+        """The next one of worker `number`."""
+        share: _Share | _Failure | None
+        if not self._workers:
+            share = next(self._own_shares)
+        else:
+            worker = self._workers[number]
+            try:
+                share = worker.take(deadline - time.monotonic())
+            except queue.Empty:
+                share = _Failure(f"{self._name(number)} hangs: it has given nothing for {self._timeout:g} seconds")
+            if share is None:
+                share = _Failure(f"{self._name(number)} {worker.describe_exit()}")
         if isinstance(share, _Failure):
             self.close()
             raise DataError(share.message)
         return share
 
-    def _kill_hanging(self) -> None:
-        # One that is stopped is to blame, even if torch waits for another one's share, with its own ahead in the queue.
-        stopped = (number for number, process in enumerate(self._workers) if _is_stopped(process.pid))
-        self._hanging = next(stopped, self._awaited)
-        for process in self._workers:
-            process.kill()
-
     def _name(self, worker: int) -> str:
-        """Who a worker is, and where it reads, as far as the batches that came tell."""
+        """Which worker, and where it reads, as far as the batches that came tell."""
         options, processes = self.options, self.options.world_size * self.options.workers
         process = worker * options.world_size + options.rank
         lane = (self.samples + (process - self.samples) % processes) % options.lanes  # of its next sample
         shard = self.dataset.order.url(lane, self._cursors.get(lane, (0, 0))[0])
         return (
-            f"{options.kind} loader worker {worker} of rank {options.rank} (pid {self._workers[worker].pid}), which was up to "
-            f"{options.prefetch} batches beyond {shard} (lane {lane}),"
+            f"{options.kind} loader worker {worker} of rank {options.rank} (pid {self._workers[worker].process.pid}), which was "
+            f"up to {options.prefetch} batches beyond {shard} (lane {lane}),"
         )
-
-    def _fail(self, message: str) -> NoReturn:
-        self._kill()  # first: torch waits five seconds for each that does not answer
-        self.close()
-        raise DataError(message) from None
-
-    def _kill(self) -> None:
-        _kill_all(self._workers, os.getpid())
-        self._workers.clear()
 
     def _join(self, shares: list[_Share]) -> Batch:
         """Rows in the order of the run: they take turns among the workers, beginning where `samples` says."""
@@ -485,10 +467,10 @@ class Loader:
         )
 
     def _join_images(self, shares: list[_Share], rows: list[tuple[int, int]], counts: list[int]) -> Tensor:
-        shape, dtype = shares[0].images.shape[1:], shares[0].images.dtype
+        shape, dtype = shares[0].images.shape[1:], torch.from_numpy(shares[0].images).dtype
         joined = torch.empty(len(rows), max(counts), *shape, dtype=dtype, pin_memory=self._pin)
         # Copied by numpy: torch would start all its threads for each picture.
-        target, sources = joined.numpy(), [share.images.numpy() for share in shares]
+        target, sources = joined.numpy(), [share.images for share in shares]
         starts = [np.cumsum([0, *share.image_counts]).tolist() for share in shares]
         for place, ((worker, row), count) in enumerate(zip(rows, counts, strict=True)):
             start = starts[worker][row]
