@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = Path(__file__).parent / "golden" / "common" / "tokenizer_base"
+SAME_TRAINING = 2e-5
 VISION_CONFIG = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -118,3 +119,19 @@ def assert_same(a: object, b: object, where: str = "") -> None:
             assert_same(x, y, f"{where}[{index}]")
     else:
         assert a == b, where
+
+
+def assert_same_training(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], where: object = "") -> None:
+    """Weights that were trained on the same gradients, but for the order of float32 additions.
+
+    Compared is the root mean square of each tensor's differences, and not the largest: AdamW divides by the gradient's own
+    size, so an error of δ in a gradient g becomes rate · δ / |g| of the update. Where the parts of a number's gradient cancel,
+    g is no larger than its own rounding, and that may be anything up to the rate. Seen with 1 of 16,384 numbers: a gradient of
+    2e-9 in a tensor with others of 6e-4 (4e-11 for δ, where the rate is 1e-2, gives 2e-5). Which number, and how much, depends on how
+    the matrix products of this CPU add up. The others differ by 1e-8; a gradient that is not the mean over the ranks makes 1e-3 of
+    almost all.
+    """
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        difference = float((weight - other[name]).double().square().mean().sqrt())
+        assert difference <= SAME_TRAINING, f"{where}: {name} differs by {difference:.1e}"
