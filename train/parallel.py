@@ -204,7 +204,7 @@ def check_compiler(device: torch.device) -> None:
     """
     try:
         # Without caches, else what was compiled before would hide that the compiler is gone.
-        with torch.compiler.config.patch(force_disable_caches=True):
+        with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
             torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # a compiler's, a file system's, Triton's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
