@@ -18,8 +18,7 @@ def patch_tokens(tower: nn.Module, images: Tensor) -> Tensor:
     """Images [M, 3, height, width] → patch tokens [M, V, D], found by what the tower is made of:
 
     - a timm trunk: its feature map, or its tokens less the class and register tokens
-    - OpenCLIP's ResNets: the feature map before attention pooling
-    - OpenCLIP's ViTs: the last block's output, before `ln_post` and without the class token
+    - OpenCLIP's own ViTs and ResNets: the last block's output, before `ln_post` or pooling and without the class token
     - anything else: what it returns, or the last item of a tuple (pooled, tokens)
 
     Raises:
@@ -33,13 +32,8 @@ def patch_tokens(tower: nn.Module, images: Tensor) -> Tensor:
             return features.flatten(1, 2)
         if features.ndim == 3:
             features = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
-    elif hasattr(tower, "attnpool") and hasattr(tower, "layer4"):
-        features = tower_.stem(images)
-        for layer in (tower_.layer1, tower_.layer2, tower_.layer3, tower_.layer4):
-            features = layer(features)
-    elif hasattr(tower, "ln_post"):
-        outputs = tower_.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NLC")
-        features = outputs["image_intermediates"][-1]
+    elif hasattr(tower, "forward_intermediates"):
+        features = tower_.forward_intermediates(images, indices=1, intermediates_only=True)["image_intermediates"][-1]
     else:
         features = tower(images)
         if isinstance(features, (tuple, list)):

@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = Path(__file__).parent / "golden" / "common" / "tokenizer_base"
+SAME_TRAINING = 2e-5
 VISION_CONFIG = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},

@@ -136,7 +136,7 @@ class _Parser(argparse.ArgumentParser):
     def _about(self, unknown: list[str]) -> str:
         flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
         if flag is not None:
-            near = get_close_matches(flag, self._option_string_actions, n=1)
+            near = get_close_matches(flag, re.findall(r"--[\w-]+", self.format_help()), n=1)
             return f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "--help lists all flags")
         return (
             f"{unknown[0]!r} belongs to no flag: a flag takes one value or none. Shard patterns must be in quotes, so that "

@@ -210,7 +210,7 @@ def check_compiler(device: torch.device) -> None:
     """
     try:
         # Without caches, else what was compiled before would hide that the compiler is gone.
-        with torch._inductor.config.patch(force_disable_caches=True):
+        with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
             torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # a compiler's, a file system's, Triton's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -233,7 +233,7 @@ def compile_blocks(model: Flamingo) -> None:
     torch._dynamo.config.optimize_ddp = False
     # Counted over all kinds of blocks together, and beyond it torch goes on without compiling. A model has some five
     # kinds; one row, one image or one token make a few more of each.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
     blocks = [block for layer in model.decoder_layers for block in layer.children()]
     blocks += [block for pair in model.perceiver.layers for block in pair.children()]
     for block in blocks:

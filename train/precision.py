@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from open_flamingo import Flamingo
@@ -62,7 +61,7 @@ def _convert_everything(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             module.to(dtype)
 
 

@@ -26,6 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from open_flamingo.train.arguments import parse_args
+from open_flamingo.train.libraries import check_libraries, in_versions
 
 if TYPE_CHECKING:
     from open_flamingo.train.data.loader import DataOptions
@@ -41,11 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Wrong flags have been refused. Only now what takes seconds to import.
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from open_flamingo.train.cpu import fast_kernels
-    from open_flamingo.train.data.samples import DataError
-    from open_flamingo.train.distributed import distributed, find_place
-    from open_flamingo.train.health import EXIT_STOPPED, Watchdog
-    from open_flamingo.train.report import setup_logging
+    try:
+        import open_flamingo.train.sharded  # noqa: F401  with those below, all that imports what may be gone
+        from open_flamingo.train.cpu import fast_kernels
+        from open_flamingo.train.data.samples import DataError
+        from open_flamingo.train.distributed import distributed, find_place
+        from open_flamingo.train.health import EXIT_STOPPED, Watchdog
+        from open_flamingo.train.report import setup_logging
+    except ImportError as error:
+        raise SystemExit(f"cannot start: {in_versions(error)}") from error
 
     setup_logging(rank=0)
     try:
@@ -163,6 +168,8 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     transformers_logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- where to start, and how far to go
+    with refusing("cannot start"):
+        check_libraries(world.device, args.compile)
     if args.compile:
         with refusing("cannot compile"):
             check_compiler(world.device)
