@@ -40,7 +40,7 @@ from open_flamingo.train.distributed import distributed, find_place
 from open_flamingo.train.labels import laion_labels, mmc4_labels
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import compile_blocks, parallelise
-from open_flamingo.train.precision import build_loss_scaler, hold_weights
+from open_flamingo.train.precision import build_loss_scaler, choose_kernels, hold_weights
 from open_flamingo.train.resume import Plan, Progress, snapshot
 from open_flamingo.train.sharded import ShardedSaver
 from open_flamingo.train.step import Source, train_update
@@ -51,6 +51,7 @@ class Fed:
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
+        self.urls: tuple[str, ...] = ()
         self.rewind()
 
     def rewind(self) -> None:
@@ -104,6 +105,7 @@ class Ours:
             distributed(find_place(False), "env://", "nccl", True, group_of_one=args.group)
         )
         device = self.world.device
+        choose_kernels(deterministic=False)
         stack.enter_context(fast_kernels(device, args.precision, args.compile))
         torch.manual_seed(0)
         with without_weights(), device:
@@ -186,7 +188,7 @@ class Ours:
             for source in self.sources:
                 source.reset()
             self._update()
-            result.append([source.loss.item() for source in self.sources])
+            result.append([source.loss for source in self.sources])
         return result
 
     def parts(self, count: int) -> dict[str, float]:

@@ -185,7 +185,7 @@ class Flamingo(nn.Module):
                 logits = self.lang_encoder(**inputs, use_cache=False).logits
                 return CausalLMOutputWithPast(loss=full_loss(logits, *labelled))
             base_model: Any = self.lang_encoder.base_model
-            conditioning.prepare_for_call(*lang_x.shape, past_key_values)
+            conditioning.prepare_for_call(lang_x.shape[0], lang_x.shape[1], past_key_values)
             with a_text_a_row():
                 hidden_states = base_model(**inputs, use_cache=False)[0]
             return CausalLMOutputWithPast(loss=labelled_loss(self.lang_encoder, hidden_states, *labelled))

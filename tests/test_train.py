@@ -86,6 +86,16 @@ def test_two_runs_with_the_same_flags_are_the_same_bit_for_bit(flags: list[str],
     assert_same(load(tmp_path / "a" / "checkpoint_1.pt"), load(tmp_path / "b" / "checkpoint_1.pt"))
 
 
+def test_deterministic_kernels_change_nothing_on_a_cpu(flags: list[str], tmp_path: Path) -> None:
+    """Every operation of an update has one: torch raises where there is none."""
+    for name, more in (("plain", []), ("deterministic", ["--deterministic", "--gradient_checkpointing"])):
+        main([*flags, *more, f"--run_name={tmp_path / name}", "--num_epochs=1"])
+    plain, deterministic = (load(tmp_path / name / "checkpoint_0.pt") for name in ("plain", "deterministic"))
+    assert_same(plain["model_state_dict"], deterministic["model_state_dict"])
+    main([*flags, f"--run_name={tmp_path / 'plain'}", "--num_epochs=1"])  # and it is over with the run
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("kind", ["laion", "mmc4"])
 def test_one_dataset_alone_trains(kind: str, flags: list[str], tmp_path: Path) -> None:
     other = {"laion": "mmc4", "mmc4": "laion"}[kind]

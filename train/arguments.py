@@ -369,6 +369,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="recompute decoder layers, gated blocks and resampler in the backward pass: less memory, a third slower",
     )
     precision.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits on each run on the same number of GPUs; slower. (On CPUs it is always so)",
+    )
+    precision.add_argument(
         "--compile",
         action="store_true",
         help="compile decoder layers, gated blocks and resampler layers with torch.compile: faster updates, after some "

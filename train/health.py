@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -276,6 +277,7 @@ class Watchdog:
         self._verdict: str | None = None
         self._heard = time.monotonic()  # from the store
         self._parent = os.getppid()
+        self.before_exit: Callable[[], None] = lambda: None  # called where the process is about to end with an error
 
     def __enter__(self) -> Watchdog:
         for loop in (self._heartbeat, self._watch) if self._store is not None else (self._watch,):
@@ -312,8 +314,7 @@ class Watchdog:
                 flag = "--startup_timeout" if limit != self._timeout else "--dist_timeout"
                 where = f"rank {self._world.rank} has been at {self._phase} for {elapsed:.0f} s ({flag})"
                 log.error("%s. %s", where, self.diagnose() or "No rank is known to be behind.")
-                for handler in logging.getLogger("open_flamingo").handlers:
-                    handler.flush()
+                self.before_exit()
                 os._exit(1)
 
     def _heartbeat(self) -> None:

@@ -37,6 +37,15 @@ SCALE_RANGE = (2.0**-16, 2.0**32)
 """Beyond these it helps nobody, and could reach 0 or infinity, from which it would not come back."""
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Sets for the whole process which of torch's kernels compute on a GPU."""
+    # torch 2.11 prefers cuDNN's attention on an H100: a new plan of about a second for every new number of images, and a backward
+    # pass that gives other bits on each run.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would write NaN into each empty tensor
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass in `precision`."""
     dtype = _AUTOCAST.get(precision)

@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -24,6 +25,9 @@ from open_flamingo.train.resume import Plan
 from open_flamingo.train.step import Source
 
 log = logging.getLogger(__name__)
+
+# Seconds that W&B and TensorBoard have after an error. torchrun kills ranks 30 s after it has asked them to end.
+CLOSE_TIMEOUT = 20.0
 
 
 class _AboveTheBar(logging.Handler):
@@ -231,7 +235,8 @@ class Reporter:
         if self._wandb is not None:
             self._tell("W&B", self._wandb.save, str(path), base_path=str(path.parent), policy="now")
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
+        """Writes what is still to be written, and waits for it. `exit_code`: of the run, for W&B."""
         if self._bar is not None:
             self._tell("the progress bar", self._bar.close)
         if self._metrics is not None:
@@ -239,7 +244,14 @@ class Reporter:
         if self._tensorboard is not None:
             self._tell("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
-            self._tell("W&B", self._wandb.finish)
+            self._tell("W&B", self._wandb.finish, exit_code)
+        self._active, self._bar, self._metrics, self._tensorboard, self._wandb = False, None, None, None, None
+
+    def close_after_error(self) -> None:
+        """`close`, but waits `CLOSE_TIMEOUT` seconds at most."""
+        thread = threading.Thread(target=self.close, args=(1,), daemon=True)
+        thread.start()
+        thread.join(CLOSE_TIMEOUT)
 
 
 def _metrics_file(path: Path, step: int) -> Any:

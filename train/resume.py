@@ -171,7 +171,7 @@ def snapshot(
         "schedule_unit": plan.schedule_unit,
         "data": data,
         "data_lanes": lanes,
-        "shards": {source.kind: shards_digest(source.loader.dataset.order.urls) for source in sources},
+        "shards": {source.kind: shards_digest(source.loader.urls) for source in sources},
         "random_states": random_states,
         "flags": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},
         "started_from": started_from,

@@ -19,6 +19,7 @@ import argparse
 import gc
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -39,20 +40,27 @@ log = logging.getLogger("open_flamingo.train")
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    # Wrong flags have been refused. Only now what takes seconds to import.
+    # What CUDA reads when it starts. Batches differ in their numbers of images and tokens, which fragments memory.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    # Wrong flags have been refused. Only now what takes seconds to import.
     try:
         import open_flamingo.train.sharded  # noqa: F401  with those below, all that imports what may be gone
         from open_flamingo.train.cpu import fast_kernels
         from open_flamingo.train.data.samples import DataError
         from open_flamingo.train.distributed import distributed, find_place
         from open_flamingo.train.health import EXIT_STOPPED, Watchdog
+        from open_flamingo.train.precision import choose_kernels
         from open_flamingo.train.report import setup_logging
     except ImportError as error:
         raise SystemExit(f"cannot start: {in_versions(error)}") from error
 
     setup_logging(rank=0)
+    choose_kernels(args.deterministic)
     try:
         with ExitStack() as stack:
             with refusing("cannot start"):
@@ -122,9 +130,14 @@ def alone_in_trouble(world: World, watchdog: Watchdog) -> Iterator[None]:
                 raise Refused(reason) from error
             raise
     except BaseException as error:
+        if world.world_size > 1:
+            log.error("%s", error, exc_info=not isinstance(error, (Refused, DataError)))
+            # torchrun ends all ranks as soon as the first has ended: let this one write its last lines.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        watchdog.set_phase("ending after an error", limited=False)
+        watchdog.before_exit()
         if world.world_size == 1:
             raise
-        log.error("%s", error, exc_info=not isinstance(error, (Refused, DataError)))
         sys.stdout.flush()
         os._exit(1)
 
@@ -260,6 +273,8 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             wandb_entity=args.wandb_entity,
             offline=args.offline,
         )
+
+    watchdog.before_exit = reporter.close_after_error
 
     # ---------------------------------------------------------------- loop
     sample = made_up_sample(image_processor(Image.new("RGB", (64, 64))), model.media_token_id, model.eoc_token_id)

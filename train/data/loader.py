@@ -378,6 +378,7 @@ class Loader:
     def __init__(self, dataset: LaneDataset) -> None:
         self.dataset = dataset
         self.options = dataset.options
+        self.urls = dataset.order.urls
         self.samples = dataset.state.samples
         self._cursors = dict(dataset.state.cursors)
         self._pad_token_id = dataset.collate.pad_token_id
