@@ -189,11 +189,11 @@ class Lane:
                 continue
             try:
                 sample = self._prepare(raw, Randomness((*key, n)), self._counts)
+            except SampleError as error:
+                self._failed(error, f"{url}#{raw['__key__']}")
             except Drop as reason:
                 self._counts.dropped[str(reason)] += 1
                 self._failures = 0
-            except SampleError as error:
-                self._failed(error, f"{url}#{raw['__key__']}")
             except Exception as error:  # nothing that stands in one sample ends a run; a hundred in a row do
                 failure = SampleError("unexpected_error", f"{type(error).__name__}: {error}")
                 self._failed(failure, f"{url}#{raw['__key__']}")

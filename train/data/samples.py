@@ -26,18 +26,22 @@ class SampleError(Exception):
         self.reason = reason
 
 
+class UnknownSuffix(SampleError, Drop):
+    """This sample has none of the files that are looked for. The reference drops it in silence; here it is counted as an error."""
+
+
 class DataError(RuntimeError):
     """The data is too broken to go on; the message names a shard."""
 
 
 def check_suffixes(raw: RawSample, looked_for: tuple[str, ...]) -> None:
-    """For a sample that lacks a file. Raises SampleError where a longer suffix than those of `looked_for` ends in one of them.
+    """For a sample that lacks a file. Raises UnknownSuffix where a longer suffix than those of `looked_for` ends in one of them.
 
     As in WebDataset, a file's key ends at the first dot of its name: all that follows is the suffix.
     """
     for suffix in raw:
         if "." in suffix and suffix.endswith(tuple(f".{known}" for known in looked_for)):
-            raise SampleError(
+            raise UnknownSuffix(
                 "unknown_suffix",
                 f"{raw['__key__']}.{suffix} has the suffix {suffix!r}, as a suffix begins at the first dot of a name; looked for are "
                 f"{', '.join(looked_for)}: rename the files so that there is one dot in each",
