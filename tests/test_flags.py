@@ -111,6 +111,7 @@ WRONG: dict[str, dict[str, str]] = {
     ),
     "--dist-backend": dict.fromkeys(("", "foo", "cpu:gloo,foo", "gloo,nccl"), "nccl, gloo, mpi or ucc"),
     "--dist_timeout": dict.fromkeys(("0", "-1", "nan", "inf", "10m", "", "1e300"), "seconds, above 0"),
+    "--startup_timeout": dict.fromkeys(("0", "-1", "nan", "inf", "10m", "", "1e300"), "seconds, above 0"),
     "--fsdp_sharding_strategy": {"none": "choose from", "": "choose from"},
     "--fsdp_shard_size": NOT_WHOLE_FROM_1 | {"2": "needs --fsdp --fsdp_sharding_strategy hybrid"},
     "--fsdp_frozen": {"keep": "choose from"},

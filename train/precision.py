@@ -43,7 +43,8 @@ def choose_kernels(deterministic: bool) -> None:
     # pass that gives other bits on each run.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # would write NaN into each empty tensor
+    # Otherwise NaN would be written into each empty tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
