@@ -298,7 +298,7 @@ def test_a_hanging_loader_worker_is_named_by_its_own_rank(disturbed: list[str], 
 
 
 def test_a_start_may_take_longer_than_an_update(disturbed: list[str], tmp_path: Path) -> None:
-    finished(torchrun(2, FAULTY, plan(seconds_building=12), *disturbed, "--dist_timeout=3", "--num_epochs=1"))
+    finished(torchrun(2, FAULTY, plan(seconds_building=20), *disturbed, "--dist_timeout=10", "--num_epochs=1"))
     process = torchrun(2, FAULTY, plan(seconds_building=99), *disturbed, "--startup_timeout=5", "--num_epochs=2")
     output, _ = process.communicate()
     assert process.returncode == 1
