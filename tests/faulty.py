@@ -3,7 +3,8 @@
 A fault is {"what": "loss" or "gradient", "kind": "laion" or "mmc4", "rank": 1, "updates": [3]}: the loss of that dataset, or the
 gradient that it gives the resampler's latents, becomes NaN on that rank in those updates. {"what": "no weight", ...} makes
 that loss count nothing instead, {"what": "error", ...} raises. With {"collective_end": true}, a process group is taken down with
-all ranks together or not at all, as NCCL does it. {"seconds_building": 10} has rank 0 take that long to build the model.
+all ranks together or not at all, as NCCL does it. {"seconds_building": 10, "seconds_saving": 10} has
+rank 0 take that long to build the model, and to write each checkpoint.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 import open_flamingo
-from open_flamingo.train import step
+from open_flamingo.train import checkpoint, step
 from open_flamingo.train.health import Health
 from open_flamingo.train.train import main
 
-loss_of, begin, build = step.loss_of, Health.begin, open_flamingo.create_model_and_transforms
+loss_of, begin, build, save = step.loss_of, Health.begin, open_flamingo.create_model_and_transforms, checkpoint.save
 destroy_process_group = dist.destroy_process_group
 update = 0
 
@@ -56,6 +57,11 @@ def build_slowly(*args: Any, **kwargs: Any) -> Any:
     return build(*args, **kwargs)
 
 
+def save_slowly(*args: Any) -> None:
+    time.sleep(plan["seconds_saving"])
+    save(*args)
+
+
 def end_together() -> None:
     dist.barrier()
     destroy_process_group()
@@ -77,6 +83,8 @@ if __name__ == "__main__":
     Health.begin = count_updates  # type: ignore[method-assign]
     if "seconds_building" in plan:
         open_flamingo.create_model_and_transforms = build_slowly
+    if "seconds_saving" in plan:
+        checkpoint.save = save_slowly
     if plan.get("collective_end"):
         dist.destroy_process_group = end_together
     main(sys.argv[2:])

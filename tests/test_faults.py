@@ -16,15 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from open_flamingo.train import checkpoint as checkpoints
-from open_flamingo.train.health import EXIT_STOPPED, check_finite
+from open_flamingo.train.distributed import World
+from open_flamingo.train.health import EXIT_STOPPED, Watchdog, check_finite
 from open_flamingo.train.train import main
 from tests.launch.slurm import free_port
 from tests.tiny import ROOT, assert_same, finished, torchrun
@@ -263,6 +267,74 @@ def test_an_error_of_one_rank_is_seen_though_the_others_wait_for_it(disturbed: l
     assert updates_done(tmp_path / "run") == 2
 
 
+class CountingStore:
+    """A store of threads, which counts the requests."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.requests: Counter[str] = Counter()
+        self._store = dist.HashStore()
+        self._seconds = seconds
+
+    def clone(self) -> CountingStore:
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def request(*args: Any) -> Any:
+            self.requests[name] += 1
+            time.sleep(self._seconds)
+            return getattr(self._store, name)(*args)
+
+        return request
+
+
+def diagnoses(store: CountingStore, phases: list[int]) -> list[str | None]:
+    """What the watchdogs of ranks that have come through so many phases say, all asked at the same time."""
+    cpu, ranks = torch.device("cpu"), len(phases)
+    with contextlib.ExitStack() as stack:
+        watchdogs = []
+        for rank, count in enumerate(phases):
+            world = World(rank, ranks, rank, cpu, "test", ranks, cast(dist.Store, store))
+            watchdogs.append(stack.enter_context(Watchdog(world, 60.0, 60.0)))
+            for phase in range(count):
+                watchdogs[-1].set_phase(f"update {phase}")
+        with ThreadPoolExecutor(ranks) as threads:
+            return list(threads.map(Watchdog.diagnose, watchdogs))
+
+
+def test_one_rank_alone_compares_the_others() -> None:
+    store = CountingStore()
+    said = diagnoses(store, [2, 2, 1, 2])
+    assert len(set(said)) == 1
+    assert re.fullmatch(r"Rank 2 \(\S+, pid \d+\) is behind: last heard of at update 0\.", said[0] or "")
+    assert store.requests["add"] == 4  # to settle who compares
+    beats = store.requests["set"]
+    assert store.requests["get"] <= beats + 2 * 4 + 4  # with each beat rank 0's; all ranks' twice; the verdict by each
+    assert diagnoses(CountingStore(), [1, 1]) == [None] * 2
+
+
+def test_a_slow_store_is_no_dead_rank() -> None:
+    assert not any("died" in (said or "") for said in diagnoses(CountingStore(seconds=0.3), [2, 2, 1]))
+
+
+@pytest.mark.parametrize(("ranks", "failing"), [(1, 0), (2, 0), (2, 1)])
+def test_the_last_lines_before_an_error_are_kept(
+    ranks: int, failing: int, disturbed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # another test's
+    faults = plan(fault("error", "laion", failing, updates=[4]))
+    process = torchrun(ranks, FAULTY, faults, *disturbed, "--report_to_tensorboard", "--report_to_wandb")
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "CUDA out of memory" in output
+    run = tmp_path / "run"
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss_laion")] == [1, 2, 3]
+    (history,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert history.read_bytes().count(b"data_wait") >= 3
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
     rank: int, disturbed: list[str], tmp_path: Path
@@ -297,8 +369,9 @@ def test_a_hanging_loader_worker_is_named_by_its_own_rank(disturbed: list[str], 
     assert not any(map(alive, workers))
 
 
-def test_a_start_may_take_longer_than_an_update(disturbed: list[str], tmp_path: Path) -> None:
-    finished(torchrun(2, FAULTY, plan(seconds_building=20), *disturbed, "--dist_timeout=10", "--num_epochs=1"))
+def test_a_start_and_a_save_may_take_longer_than_an_update(disturbed: list[str]) -> None:
+    slow = plan(seconds_building=15, seconds_saving=15)
+    finished(torchrun(2, FAULTY, slow, *disturbed, "--dist_timeout=7", "--num_epochs=1", "--save_steps=6"))
     process = torchrun(2, FAULTY, plan(seconds_building=99), *disturbed, "--startup_timeout=5", "--num_epochs=2")
     output, _ = process.communicate()
     assert process.returncode == 1

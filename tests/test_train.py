@@ -322,6 +322,20 @@ def test_a_changed_learning_rate_holds_from_the_resume_on(
     assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-5, 1e-5, 1e-5, 1e-5])
 
 
+def test_a_checkpoint_of_an_earlier_version_goes_on(flags: list[str], tmp_path: Path) -> None:
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    main([*flags, f"--run_name={whole}", "--save_steps=1"])
+    for name in ("checkpoint_0.pt", "epoch_1_step_6.pt"):
+        shutil.rmtree(old, ignore_errors=True)
+        old.mkdir()
+        checkpoint = load(whole / name)
+        for key in ("samples_in_epoch", "schedule_unit", "shards"):
+            del checkpoint[key]
+        torch.save(checkpoint, old / name)
+        main([*flags, f"--run_name={old}", "--save_steps=1"])
+        assert_same(load(whole / "checkpoint_1.pt"), load(old / "checkpoint_1.pt"))
+
+
 def test_a_run_goes_back_within_its_folder_and_loses_nothing(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,7 +249,8 @@ def distributed(
     backend: str,
     set_device: bool = True,
     group_of_one: bool = False,
-    timeout: float = 600,
+    startup_timeout: float = 3600,
+    timeout: float = 7200,
 ) -> Iterator[World]:
     """Joins the process group of the run for the length of the `with`.
 
@@ -259,7 +260,8 @@ def distributed(
         backend: of the process group on GPUs; on the CPU it is gloo.
         set_device: whether a process takes the GPU of its local rank, or the first.
         group_of_one: whether a single process gets a group, which sharding needs. Otherwise it has none.
-        timeout: seconds that a rank waits for the others, here and in every collective.
+        startup_timeout: seconds that a rank waits here for the others to come.
+        timeout: seconds that it waits for them in every collective.
 
     Raises ValueError where there is no meeting point, or no GPU for this process.
     """
@@ -276,11 +278,12 @@ def distributed(
     elif place.launcher == HOROVOD and dist_url == "env://":
         store = _meet_through_horovod(place)
     elif place.launcher == TORCHRUN and dist_url == "env://":
-        store = _meet_through_torchrun(place, timedelta(seconds=timeout))
+        store = _meet_through_torchrun(place, timedelta(seconds=startup_timeout))
     else:
         url = meeting_point(place, dist_url)
         log.info("%s: %d processes meet at %s", place.launcher, place.world_size, _in_words(url))
-        store, _, _ = next(dist.rendezvous(url, place.rank, place.world_size, timeout=timedelta(seconds=timeout)))
+        patience = timedelta(seconds=startup_timeout)
+        store, _, _ = next(dist.rendezvous(url, place.rank, place.world_size, timeout=patience))
     dist.init_process_group(
         backend=backend if device.type == "cuda" else "gloo",
         rank=place.rank,

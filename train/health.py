@@ -327,7 +327,7 @@ class Watchdog:
                 self._store.set(_key(self._world.rank), json.dumps(report))
                 self._rank_0 = _Report(*json.loads(self._store.get(_key(0))))
                 self._heard = time.monotonic()
-                if not self._asked.is_set():
+                if not self._asked.is_set() or self._answered.is_set():
                     continue
                 if not asks:  # one rank does, and tells the others
                     asks = True
@@ -381,6 +381,7 @@ def _last_heard(rank: int, what: str, report: _Report | None) -> str:
     return f"Rank {rank} ({report.host}, pid {report.pid}) {what}: last heard of at {report.phase}."
 
 
-def is_of_communication(error: RuntimeError) -> bool:
+def is_of_communication(error: BaseException) -> bool:
     """Whether a collective failed, as it does when another rank has died."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))

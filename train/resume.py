@@ -223,9 +223,16 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[Start, Plan]:
         start.lanes = checkpoint["data_lanes"]
         start.data = {kind: LoaderState.from_json(state) for kind, state in checkpoint["data"].items()}
 
-    start.progress = Progress(checkpoint["step"], checkpoint["epoch"] + 1, checkpoint["samples_in_epoch"])
-    if checkpoint["schedule_unit"].keys() == plan.schedule_unit.keys():
-        plan = replace(plan, schedule_unit=checkpoint["schedule_unit"])
+    # Earlier versions stored neither of the two.
+    updates_in_epoch = checkpoint["step"] % checkpoint["updates_per_epoch"]
+    counted = {
+        kind: updates_in_epoch * size for kind, size in checkpoint["samples_per_update"].items() if updates_in_epoch
+    }
+    samples = checkpoint.get("samples_in_epoch", counted)
+    unit = checkpoint.get("schedule_unit", checkpoint["samples_per_update"])
+    start.progress = Progress(checkpoint["step"], checkpoint["epoch"] + 1, samples)
+    if unit.keys() == plan.schedule_unit.keys():
+        plan = replace(plan, schedule_unit=unit)
     if checkpoint["samples_per_update"] != plan.samples_per_update:
         log.warning(
             "an update was %s samples and is now %s: epochs, warm-up and schedule go on from the same samples",
@@ -271,7 +278,8 @@ def _choose(args: argparse.Namespace) -> tuple[Path | None, str | None]:
     started_from = checkpoints.fingerprint(path)
     for own in checkpoints.newest_first(folder):
         try:
-            if checkpoints.load(own).get("started_from") == started_from:
+            # Earlier versions stored the path.
+            if checkpoints.load(own).get("started_from") in (started_from, args.resume_from_checkpoint):
                 checkpoints.verify(own)
                 return own, started_from
         except ValueError as error:

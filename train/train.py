@@ -72,12 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     args.dist_backend,
                     not args.no_set_device_rank,
                     group_of_one=args.fsdp or args.checkpoint_format == "sharded",
+                    startup_timeout=args.startup_timeout,
                     timeout=process_group_timeout(args),
                 )
                 world = stack.enter_context(group)
             stack.enter_context(fast_kernels(world.device, args.precision, args.compile))
             watchdog = stack.enter_context(Watchdog(world, *watchdog_limits(args)))
-            with alone_in_trouble(world, watchdog):
+            with exit_on_error(world, watchdog):
                 stopped_by = train(args, world, watchdog)
     except (Refused, DataError) as error:
         log.error("%s", error)
@@ -113,8 +114,8 @@ def refusing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone_in_trouble(world: World, watchdog: Watchdog) -> Iterator[None]:
-    """An error of one rank of several is logged, and ends its process here and now; one of communication names the rank to blame.
+def exit_on_error(world: World, watchdog: Watchdog) -> Iterator[None]:
+    """After an error the last log lines are written; a rank of several says why, or which rank is to blame, and ends here and now.
 
     NCCL takes a process group down with all ranks together, and they may be waiting for this one, as what this one's GPU has
     begun may be waiting for them: nobody would ever read of the error, or see the exit code.
@@ -123,18 +124,14 @@ def alone_in_trouble(world: World, watchdog: Watchdog) -> Iterator[None]:
     from open_flamingo.train.health import is_of_communication
 
     try:
-        try:
-            yield
-        except RuntimeError as error:
-            if is_of_communication(error) and (reason := watchdog.diagnose()):
-                raise Refused(reason) from error
-            raise
+        yield
     except BaseException as error:
-        if world.world_size > 1:
-            log.error("%s", error, exc_info=not isinstance(error, (Refused, DataError)))
-            # torchrun ends all ranks as soon as the first has ended: let this one write its last lines.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         watchdog.set_phase("ending after an error", limited=False)
+        if world.world_size > 1:
+            # torchrun ends all ranks as soon as the first has ended: let this one finish.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            blamed = watchdog.diagnose() if is_of_communication(error) else None
+            log.error("%s", blamed or error, exc_info=not (blamed or isinstance(error, (Refused, DataError))))
         watchdog.before_exit()
         if world.world_size == 1:
             raise
@@ -227,9 +224,8 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             train_output_rows=args.train_output_rows,
             meta=not world.is_main,
         )
-        watchdog.set_phase(
-            "waiting for the models of the other ranks"
-        )  # after which only those are behind that build still
+        # From here on, only the ranks that still build are behind.
+        watchdog.set_phase("waiting for the models of the other ranks")
     with refusing("cannot resume"), together():
         if world.is_main:
             restore_model(start, model)

@@ -41,7 +41,8 @@ def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
     """The samples of a shard: consecutive files of one key, by lower-case suffix, undecoded.
 
     Samples of more than `MAX_SAMPLE` bytes (`sample_too_large`), second files of one name (`duplicate_member`) and files that come
-    apart from the others of their sample (`not_adjacent`) are left out and counted. A shard that is not on this machine is read again, after each of `RETRY_DELAYS`, from where it failed.
+    apart from the others of their sample (`not_adjacent`) are left out and counted. A shard that is not on this machine is read
+    again, after each of `RETRY_DELAYS`, from where it failed.
 
     Raises SampleError at the end of what can be read: the shard cannot be opened, is cut off or damaged, or the command that
     pipes it failed.
