@@ -354,7 +354,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
 
 def test_a_hanging_loader_worker_is_named_by_its_own_rank(disturbed: list[str], tmp_path: Path) -> None:
     """The other rank, which waits for this one, has less to say, and lets it speak first."""
-    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=5")
+    process = torchrun(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=5", "--num_epochs=50")
     wait_for(lambda: updates_done(tmp_path / "run") >= 3, process)
     rank = ranks_of(process)[1]
     workers = sorted(int(pid) for pid in Path(f"/proc/{rank}/task/{rank}/children").read_text().split())
