@@ -1,9 +1,9 @@
-"""Converts MMC4 (zips of documents, and a folder of downloaded pictures) to the WebDataset shards that training reads.
+"""Converts MMC4 (zips of documents, and a folder of downloaded images) to the WebDataset shards that training reads.
 
     python scripts/convert_mmc4_to_wds.py --output_dir shards --zip_files '/data/mmc4/docs_shard_{0..23098}.zip' \\
         --image_dir /data/mmc4/images --workers 16
 
-Picture `image_name` of a document in the i-th zip of the list (from 0) is looked for in `{image_dir}/{i}/{image_name}`. A picture that
+Image `image_name` of a document in the i-th zip of the list (from 0) is looked for in `{image_dir}/{i}/{image_name}`. An image that
 is missing or broken is left out, its document stays.
 
 Shard s holds documents s × num_files_per_shard and on, counted over all zips, so what is in it depends on the input alone. It is
@@ -12,13 +12,21 @@ written beside its place and renamed, then listed in `convert.shards.jsonl`; a r
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: use this checkout, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import open_flamingo
+
+    open_flamingo.__path__.append(sys.path[0])
+
 import argparse
 import io
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import sys
 import tarfile
 import threading
 import zipfile
@@ -27,7 +35,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any
 
 SETTINGS = "convert.json"
@@ -37,7 +44,7 @@ JPEG_QUALITY = 75  # the reference's (Pillow's default); training leaves out pic
 
 @dataclass(frozen=True)
 class Piece:
-    """Documents `start` to `end` of one zip; pictures are in the folder `image_dir`."""
+    """Documents `start` to `end` of one zip; images are in the folder `image_dir`."""
 
     zip_index: int
     zip_path: str
@@ -56,7 +63,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What became of the documents and pictures of one shard, or of all."""
+    """What became of the documents and images of one shard, or of all."""
 
     shard: str = ""
     counts: Counter[str] = field(default_factory=Counter)
@@ -78,10 +85,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the shards, 000000000.tar and on")
     parser.add_argument("--zip_files", required=True, help="zips of documents: 'docs/shard_{0..23098}.zip'")
     parser.add_argument(
-        "--image_dir", type=Path, required=True, help="pictures: {image_dir}/{place in the list of zips}/{image_name}"
+        "--image_dir", type=Path, required=True, help="images: {image_dir}/{place in the list of zips}/{image_name}"
     )
     parser.add_argument(
-        "--num_files_per_shard", type=_positive, default=1000, help="documents a shard (default: %(default)s)"
+        "--num_files_per_shard", type=_positive, default=1000, help="documents per shard (default: %(default)s)"
     )
     parser.add_argument("--workers", type=_positive, default=1, help="processes (default: %(default)s)")
     return parser.parse_args(argv)
@@ -243,30 +250,37 @@ def write_shard(job: Job) -> Report:
 
 
 def _read_document(line: bytes, image_dir: str, counts: Counter[str]) -> dict[str, Any] | None:
-    """The document with its pictures in it; None if it is none."""
+    """The document with its images in it; None if it cannot be read."""
     try:
         document = json.loads(line)
         infos = [(info, info["image_name"]) for info in document["image_info"]]
     except (ValueError, KeyError, TypeError):
         return None
     for info, name in infos:
+        path = os.path.normpath(str(name))
+        if (
+            os.path.isabs(path) or path.startswith("..") or "\0" in path
+        ):  # a document must not reach other files of ours
+            counts["bad_images"] += 1
+            continue
         try:
-            info["image_base64"] = _read_image(os.path.join(image_dir, str(name)))
+            info["image_base64"] = _read_image(os.path.join(image_dir, path))
             counts["images"] += 1
         except (FileNotFoundError, NotADirectoryError):
             counts["missing_images"] += 1
-        except Exception:  # a broken picture can raise anything
+        except Exception:  # a broken image can raise anything
             counts["bad_images"] += 1
     return document
 
 
 def _read_image(path: str) -> str:
+    """The image at `path` as a JPEG in base64. Opens what training opens."""
     import pybase64
-    from PIL import Image
+
+    from open_flamingo.train.data.decoding import decode_rgb
 
     buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.convert("RGB").save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    decode_rgb(Path(path).read_bytes()).save(buffer, format="JPEG", quality=JPEG_QUALITY)
     return pybase64.b64encode(buffer.getvalue()).decode("ascii")
 
 

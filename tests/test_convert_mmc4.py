@@ -51,6 +51,22 @@ def write_mmc4_download(
     ]
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "/{folder}/secret.png", "a/../../secret.png", "image.pcx"])
+def test_a_document_reaches_no_file_but_images_of_its_folder(name: str, tmp_path: Path) -> None:
+    flags = write_mmc4_download(tmp_path, zips=1, documents=1)
+    folder = tmp_path / "images" / "0"
+    Image.new("RGB", (200, 200)).save(tmp_path / "images" / "secret.png")
+    Image.new("RGB", (200, 200)).save(folder / "image.pcx")  # a format that training does not open either
+    (folder / "a").mkdir()
+    document = {"text_list": ["A"], "similarity_matrix": [[1]]}
+    document |= {"image_info": [{"image_name": name.format(folder=tmp_path / "images")}, {"image_name": "a/../0.png"}]}
+    with zipfile.ZipFile(tmp_path / "shard_0.zip", "w") as archive:
+        archive.writestr("docs.jsonl", json.dumps(document))
+    main([*flags, f"--output_dir={tmp_path / 'shards'}"])
+    ((_, converted),) = documents(tmp_path / "shards").items()
+    assert ["image_base64" in info for info in converted["image_info"]] == [False, True]
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Hash of each shard."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.tar"))}

@@ -7,8 +7,6 @@ device. Pixels are within 1/255 of the reference's; within 2/255 in at most one 
 
 from __future__ import annotations
 
-import functools
-import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
+from open_flamingo.train.data.decoding import decode_rgb, open_image
 from open_flamingo.train.data.samples import SampleError
 
 # Ours is `max_image_pixels`; Pillow's warning would come once a worker for images that the user allows.
@@ -31,8 +30,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of b
 JPEG = b"\xff\xd8\xff"
 # A decompression bomb for Pillow, and for us where a JPEG does not pass through Pillow.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
-# What is found on the web. Pillow knows fifty more, and runs Ghostscript on a image that says it is EPS.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 # Steps of a Compose that do here nothing that is not done anyway: to RGB, to a tensor.
 NEUTRAL = {"MaybeConvertMode", "MaybeToTensor", "ToTensor", "_convert_to_rgb"}
 # What torch resizes bytes with as Pillow does.
@@ -107,7 +104,7 @@ def image_size(data: bytes) -> tuple[int, int] | None:
     except ValueError:
         pass  # Pillow knows more kinds
     try:
-        with _open(data) as image:
+        with open_image(data) as image:
             return image.size
     except Exception:
         return None
@@ -134,7 +131,7 @@ class ImagePreparer:
         size = image_size(data)
         if size is None:
             try:
-                _open(data).close()
+                open_image(data).close()
             except Image.DecompressionBombError:
                 return True
             except Exception:
@@ -150,12 +147,12 @@ class ImagePreparer:
         try:
             if self.spec is None:
                 assert self._image_processor is not None
-                image = self._image_processor(_decode_with_pillow(data))
+                image = self._image_processor(decode_rgb(data))
                 chosen = np.asarray(image, dtype=np.float32)[:, :, :: -1 if flip else 1]
             else:
                 decoded = _decode_jpeg(data)
                 if decoded is None:
-                    decoded = np.array(_decode_with_pillow(data))
+                    decoded = np.array(decode_rgb(data))
                 chosen = _resize_and_crop(decoded, self.spec, flip)
         except Exception as error:  # a broken image can raise anything
             raise SampleError("corrupt_image", str(error)) from error
@@ -173,21 +170,6 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except ValueError:
         return None
-
-
-def _decode_with_pillow(data: bytes) -> Image.Image:
-    with _open(data) as image:
-        return image.convert("RGB")
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=_formats())
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _resize_and_crop(pixels: np.ndarray, spec: ImageSpec, flip: bool) -> np.ndarray:
