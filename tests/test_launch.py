@@ -255,7 +255,7 @@ def undisturbed(recipe: list[str], shards: dict[str, str], tmp_path_factory: pyt
 
 def load(run: Path) -> dict[str, Any]:
     checkpoint = torch.load(run / "checkpoint_1.pt", weights_only=True)
-    del checkpoint["flags"]  # how it was launched, and from where its shards came
+    del checkpoint["flags"], checkpoint["shards"]  # how it was launched, and from where its shards came
     return checkpoint
 
 

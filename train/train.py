@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         import open_flamingo.train.sharded  # noqa: F401  with those below, all that imports what may be gone
         from open_flamingo.train.cpu import fast_kernels
         from open_flamingo.train.data.samples import DataError
-        from open_flamingo.train.distributed import distributed, find_place
+        from open_flamingo.train.distributed import distributed, find_place, together
         from open_flamingo.train.health import EXIT_STOPPED, Watchdog
+        from open_flamingo.train.lock import run_lock
         from open_flamingo.train.precision import choose_kernels
         from open_flamingo.train.report import setup_logging
     except ImportError as error:
@@ -78,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 world = stack.enter_context(group)
             stack.enter_context(fast_kernels(world.device, args.precision, args.compile))
             watchdog = stack.enter_context(Watchdog(world, *watchdog_limits(args)))
-            with exit_on_error(world, watchdog):
+            with exit_on_error(world, watchdog), ExitStack() as while_training:
+                with refusing("cannot start"), together():
+                    check_libraries(world.device, args.compile)
+                    if world.is_main:
+                        while_training.enter_context(run_lock(Path(args.run_name)))
                 stopped_by = train(args, world, watchdog)
     except (Refused, DataError) as error:
         log.error("%s", error)
@@ -178,8 +183,6 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     transformers_logging.disable_progress_bar()
 
     # ---------------------------------------------------------------- where to start, and how far to go
-    with refusing("cannot start"):
-        check_libraries(world.device, args.compile)
     if args.compile:
         with refusing("cannot compile"):
             check_compiler(world.device)
