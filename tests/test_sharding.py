@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,29 @@ def test_each_weight_is_sent_to_the_other_ranks_once(shard_frozen: bool, monkeyp
         monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, src: sent.append(tensor.numel()))
         parallelise(model, replace(world, world_size=2), Sharding(2, shard_frozen))
     assert sum(sent) == expected
+
+
+def test_each_rank_sums_its_own_files(flags: list[str], tmp_path: Path) -> None:
+    """As one reader would have to read those of hundreds of ranks over the network."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from open_flamingo.train import checkpoint, train\n"
+        "sha256 = checkpoint.sha256\n"
+        "def told(path):\n"
+        "    print('rank', os.environ['RANK'], 'sums', path.name, flush=True)\n"
+        "    return sha256(path)\n"
+        "checkpoint.sha256 = told\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    run = [f"--run_name={tmp_path / 'run'}", "--checkpoint_format=sharded", "--fsdp", "--num_epochs=1"]
+    output = finished(torchrun(2, program, *flags, *run))
+    found = re.findall(r"rank (\d) sums (\S+)", output)
+    files = [path.name for path in (tmp_path / "run" / "checkpoint_0").iterdir() if path.name != "SHA256SUMS"]
+    assert sorted(name for _, name in found) == sorted(files)
+    assert {name[:4]: rank for rank, name in found if name.endswith(".distcp")} == {"__0_": "0", "__1_": "1"}
+    check = ["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"]
+    subprocess.run(check, cwd=tmp_path / "run" / "checkpoint_0", check=True)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -209,10 +209,25 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_part_of_sums(folder: Path, names: Iterable[str], rank: int) -> None:
+    """Writes the checksums of the files that `rank` has written to a sharded checkpoint, for `write_sums`."""
+    (folder / f"{SUMS}.{rank}").write_text(_sums(folder / name for name in names))
+
+
 def write_sums(folder: Path) -> None:
-    """Writes the checksums of the files of a sharded checkpoint, as `sha256sum --check` reads them."""
-    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+    """Writes the checksums of the files of a sharded checkpoint, as `sha256sum --check` reads them: those of its parts, which go,
+    and of what is in none of them."""
+    parts = sorted(folder.glob(f"{SUMS}.*"))
+    lines = [line for part in parts for line in part.read_text().splitlines(keepends=True)]
+    known = {line.rstrip("\n").split("  ", 1)[1] for line in lines}
+    rest = [path for path in folder.iterdir() if path.name not in known and not path.name.startswith(SUMS)]
+    (folder / SUMS).write_text("".join(lines) + _sums(sorted(rest)))
+    for part in parts:
+        part.unlink()
+
+
+def _sums(paths: Iterable[Path]) -> str:
+    return "".join(f"{sha256(path)}  {path.name}\n" for path in paths)
 
 
 def verify(path: Path) -> None:
