@@ -1,5 +1,7 @@
 # make demo    train a small vision-language model and watch it describe pictures (needs Python >= 3.11 and make)
 # make test    the whole test suite
+# make test-gpu
+#              what only a GPU can show, where there is one
 # make test-latest, make test-oldest
 #              what depends most on other libraries, on today's newest versions and on the oldest supported ones
 # make faults  inject every fault of docs/reliability.md, and print its table with passed or failed
@@ -16,13 +18,16 @@ VERSION_TESTS := $(wildcard tests/test_model*.py tests/test_lang*.py tests/test_
 	tests/test_precision.py tests/test_sharding.py tests/test_distributed.py tests/test_train.py tests/test_dependencies.py)
 INSTALL := -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-latest test-oldest faults bench lint format clean
+.PHONY: demo test test-gpu test-latest test-oldest faults bench lint format clean
 
 demo: .venv/training
 	$(BIN)/python -m open_flamingo.scripts.demo
 
 test: .venv/test
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+test-gpu: .venv/test
+	$(BIN)/python -m pytest -rs tests/gpu
 
 test-latest: .venv-latest/bin/python
 	$< $(INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
