@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "benchmarks"
@@ -32,6 +35,9 @@ class Child:
         environment: beside this process's.
     """
 
+    deadline: ClassVar[float] = math.inf
+    """Of all children: the `time.monotonic` after which none is waited for."""
+
     def __init__(self, program: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         self.name = program
@@ -52,12 +58,22 @@ class Child:
         try:
             self._process.stdin.write(json.dumps([what, arguments]) + "\n")
             self._process.stdin.flush()
+            patience = None if self.deadline == math.inf else max(0.0, self.deadline - time.monotonic())
+            if not wait([self._process.stdout], patience):  # type: ignore[list-item]
+                self._process.kill()
+                raise ChildFailed(self.name, what, "out of time")
             answer = self._process.stdout.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
             self.close()
             raise ChildFailed(self.name, what, self.log.read_text(errors="replace")[-3000:])
+        with (FOLDER / "answers.jsonl").open(
+            "a"
+        ) as file:  # at once: the machine may be taken away before a part is whole
+            file.write(
+                json.dumps({"program": self.name, "asked": [what, arguments], "answer": json.loads(answer)}) + "\n"
+            )
         return json.loads(answer)
 
     def close(self) -> None:

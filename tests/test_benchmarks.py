@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import child as child_module
-from benchmarks import loading, reference, report, saving, shards, steps
+from benchmarks import gpu, loading, reference, report, saving, shards, steps
 from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights, write_backbones
+from benchmarks.child import ROOT, Child
 from benchmarks.shapes import SHAPES, Shape, Text, draw_batches, gpt_neox, needed_flops, vit
 from open_flamingo import create_model_and_transforms
 
@@ -53,6 +55,38 @@ def test_without_the_reference_in_turns(folder: Path) -> None:
     ours = comparison.programs["ours"]
     assert len(ours.seconds) == 4
     assert all(ours.parts[part] > 0 for part in ("vision", "resampler", "language model backward", "optimiser"))
+
+
+def test_a_day_on_a_gpu_keeps_what_it_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a toy in the place of each shape: ours comes first, what fails or takes too long stops nothing, answers are kept."""
+    monkeypatch.setattr(gpu, "SHAPES", dict.fromkeys(("3b", "4b", "9b"), SHAPES["toy"]))
+    assert list(gpu.parts(only_ours=False))[-1] == "3b amp_bf16"  # the reference last
+    parts = gpu.parts(only_ours=True)
+    monkeypatch.setattr(
+        gpu,
+        "parts",
+        lambda only_ours: {
+            "hangs": (3, lambda: str(Child("sleeps").ask("anything"))),
+            **{name: parts[name] for name in ("3b amp_bf16 ours", "checkpoint 3b ours")},
+        },
+    )
+    monkeypatch.setattr(child_module, "ROOT", folder)
+    (folder / "benchmarks").mkdir()
+    (folder / "benchmarks" / "sleeps.py").write_text("import time; time.sleep(600)")
+    ours = (
+        f"import runpy, sys; sys.path[:0] = [{str(ROOT)!r}]; runpy.run_module('benchmarks.ours', run_name='__main__')"
+    )
+    (folder / "benchmarks" / "ours.py").write_text(ours)
+    written: dict[str, str] = {}
+    gpu.run(written.__setitem__, only_ours=True, budget=400)
+    assert list(written) == ["3b amp_bf16 ours", "checkpoint 3b ours"]
+    assert "sleeps, asked for anything:\nout of time" in capsys.readouterr().err
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert {"losses", "steps", "memory", "save"} <= {answer["asked"][0] for answer in answers}
+    with pytest.raises(ValueError, match="the parts are hangs, 3b"):
+        gpu.run(written.__setitem__, only_ours=True, budget=400, wanted=["5b"])
 
 
 @pytest.mark.parametrize("other", [[[1.0, 2.0], [3.0, 4.001]], [[1.0, 2.0], [float("nan"), 4.0]]])
