@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,12 +90,24 @@ def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None)
     # FSDP warns where a unit returns a view, since writing into it would lose its gradient. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     placed: set[int] = set()
-    for unit in units(model):
+    *inner, root = units(model)
+    # Zamba 2 has one block in several layers: its parameters are the root's.
+    uses = Counter(parameter for unit in inner for parameter in unit.parameters())
+    shared = {owner for unit in inner for owner, parameter in _owners(unit).items() if uses[parameter] > 1}
+    for unit in (*inner, root):
         place(unit, model, world, placed)
-        kept_whole = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
-        if any(parameter not in kept_whole for parameter in unit.parameters()):
-            fully_shard(unit, mesh=mesh, ignored_params=kept_whole)
+        ignored = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
+        if unit is not root:
+            ignored |= {owned for owner, owned in _owners(unit).items() if owner in shared}
+        if any(parameter not in ignored for parameter in unit.parameters()):
+            fully_shard(unit, mesh=mesh, ignored_params=ignored)
     return model
+
+
+def _owners(unit: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
+    """The parameters of `unit`, by the module and the name that they have there: those stay when a parameter is replaced."""
+    owned = ((module, name, p) for module in unit.modules() for name, p in module.named_parameters(recurse=False))
+    return {(id(module), name): parameter for module, name, parameter in owned}
 
 
 def units(model: Flamingo) -> Iterator[nn.Module]:
