@@ -4,7 +4,7 @@ A fault is {"what": "loss" or "gradient", "kind": "laion" or "mmc4", "rank": 1, 
 gradient that it gives the resampler's latents, becomes NaN on that rank in those updates. {"what": "no weight", ...} makes
 that loss count nothing instead, {"what": "error", ...} raises. With {"collective_end": true}, a process group is taken down with
 all ranks together or not at all, as NCCL does it. {"seconds_building": 10, "seconds_saving": 10} has
-rank 0 take that long to build the model, and to write each checkpoint.
+rank 0 take that long to build the model, and to write each checkpoint; {"seconds_loading": 1} rank 1 for each batch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch.distributed as dist
 
 import open_flamingo
 from open_flamingo.train import checkpoint, step
+from open_flamingo.train.data.loader import Loader
 from open_flamingo.train.health import Health
 from open_flamingo.train.train import main
 
+load = Loader.__next__
 loss_of, begin, build, save = step.loss_of, Health.begin, open_flamingo.create_model_and_transforms, checkpoint.save
 destroy_process_group = dist.destroy_process_group
 update = 0
@@ -50,6 +52,11 @@ def faulty_loss(model: Any, batch: Any, source: Any, precision: str) -> torch.Te
         elif fault["what"] == "gradient":
             loss = WrongGradient.apply(loss)
     return loss
+
+
+def load_slowly(loader: Any) -> Any:
+    time.sleep(plan["seconds_loading"] * (os.environ["RANK"] == "1"))
+    return load(loader)
 
 
 def build_slowly(*args: Any, **kwargs: Any) -> Any:
@@ -81,6 +88,8 @@ if __name__ == "__main__":
     plan = json.loads(sys.argv[1])
     step.loss_of = faulty_loss
     Health.begin = count_updates  # type: ignore[method-assign]
+    if "seconds_loading" in plan:
+        Loader.__next__ = load_slowly  # type: ignore[method-assign]
     if "seconds_building" in plan:
         open_flamingo.create_model_and_transforms = build_slowly
     if "seconds_saving" in plan:

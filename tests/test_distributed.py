@@ -63,6 +63,13 @@ def test_on_other_ranks_a_run_goes_on_at_the_same_samples(flags: list[str], tmp_
     assert torch.load(run / "checkpoint_1.pt", weights_only=True)["data"]["laion"]["samples"] == 60 + 2 * 8 + 10 * 8
 
 
+def test_the_slowest_rank_s_wait_for_data_is_logged(flags: list[str], tmp_path: Path) -> None:
+    program = ROOT / "tests" / "faulty.py"
+    finished(torchrun(2, program, '{"seconds_loading": 0.5}', *flags, f"--run_name={tmp_path}", "--num_epochs=1"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["data_wait"] > 0.3  # rank 0's own is next to nothing
+
+
 def test_gradients_are_synchronised_once_an_update_in_the_same_buckets_from_the_first_on(flags: list[str]) -> None:
     """With three or more ranks, other buckets mean another order of additions: a resumed run would not be the same."""
     output = finished(torchrun(2, ROOT / "tests" / "count_reductions.py", *flags, "--gradient_accumulation_steps=3"))
