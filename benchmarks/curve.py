@@ -112,7 +112,8 @@ def draw_batches(
 
     from open_flamingo.factory import load_tokenizer
     from open_flamingo.scripts.demo.documents import THRESHOLD
-    from open_flamingo.train.data.loader import DataOptions, build_loader
+    from open_flamingo.train.data.loader import build_loader
+    from open_flamingo.train.data.options import DataOptions
 
     tokenizer = load_tokenizer(str(folder / "language"), use_local_files=True)
     image_processor = open_clip.image_transform(shape.vision["image_size"], is_train=False)

@@ -26,9 +26,10 @@ import torch
 
 from open_flamingo.train.data import lanes as lanes_module
 from open_flamingo.train.data.lanes import Counts, Cursor, Lane, Randomness, RawSample, ShardOrder
-from open_flamingo.train.data.loader import LoaderState, resolve_lanes
+from open_flamingo.train.data.options import resolve_lanes
 from open_flamingo.train.data.samples import Drop, Sample
 from open_flamingo.train.data.shards import expand_shards
+from open_flamingo.train.data.workers import LoaderState
 
 BEGIN, END = "<!-- tables: benchmarks/loader_scale.py -->", "<!-- end of tables -->"
 SEED = 42

@@ -31,19 +31,22 @@ from benchmarks.parts import Parts, loading_rate, matrix_rate, peak_memory
 from benchmarks.shapes import Shape
 from benchmarks.shards import THRESHOLD
 from open_flamingo import create_model_and_transforms
-from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.arguments import build_parser
+from open_flamingo.train.checkpoint import files as checkpoints
+from open_flamingo.train.checkpoint.resume import TrainState, resume_state
+from open_flamingo.train.checkpoint.saving import FileSaver
+from open_flamingo.train.checkpoint.sharded import ShardedSaver
 from open_flamingo.train.cpu import fast_kernels
 from open_flamingo.train.data.images import normalization
-from open_flamingo.train.data.loader import Batch, DataOptions, build_loader, resolve_lanes, resolve_workers
-from open_flamingo.train.distributed import distributed, find_place
-from open_flamingo.train.labels import laion_labels, mmc4_labels
+from open_flamingo.train.data.labels import laion_labels, mmc4_labels
+from open_flamingo.train.data.loader import Batch, build_loader
+from open_flamingo.train.data.options import DataOptions, resolve_lanes, resolve_workers
+from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
-from open_flamingo.train.parallel import compile_blocks, parallelise
-from open_flamingo.train.precision import build_loss_scaler, choose_kernels, hold_weights
-from open_flamingo.train.resume import Plan, Progress, snapshot
-from open_flamingo.train.sharded import ShardedSaver
-from open_flamingo.train.step import Source, train_update
+from open_flamingo.train.parallel import compile_blocks, parallelize
+from open_flamingo.train.precision import build_loss_scaler, cast_frozen_weights, choose_kernels
+from open_flamingo.train.schedule import Plan, Progress
+from open_flamingo.train.step import TrainDataset, Trainer, train_step
 
 
 class Fed:
@@ -81,7 +84,6 @@ def to_batch(kind: str, rows: dict[str, Tensor], ids: tuple[int, int, int], pin:
         images=images.pin_memory() if pin else images,
         image_counts=counts,
         input_ids=input_ids.pin_memory() if pin else input_ids,
-        attention_mask=(input_ids != pad_id).long(),
         labels=labels.pin_memory() if pin else labels,
         keys=["made up"] * len(input_ids),
         cursors={},
@@ -101,9 +103,7 @@ class Ours:
         flags += ["--loss_multiplier_laion=0.2", "--warmup_steps=0"]
         self.args = build_parser().parse_args(flags)
         self.folder = folder / "run-ours"
-        self.world = stack.enter_context(
-            distributed(find_place(False), "env://", "nccl", True, group_of_one=args.group)
-        )
+        self.world = stack.enter_context(distributed(detect_launcher(), GroupOptions(group_of_one=args.group)))
         device = self.world.device
         choose_kernels(deterministic=False)
         stack.enter_context(fast_kernels(device, args.precision, args.compile))
@@ -119,8 +119,8 @@ class Ours:
             )
         self.model.to(device)
         set_weights(self.model, folder)
-        hold_weights(self.model, args.precision)
-        self.step_model = parallelise(self.model, self.world)
+        cast_frozen_weights(self.model, args.precision)
+        self.step_model = parallelize(self.model, self.world)
         self.step_model.train()
         if args.compile:
             compile_blocks(self.model)
@@ -131,11 +131,12 @@ class Ours:
         self.loaders = {kind: Fed([]) for kind in ("laion", "mmc4")}
         self.use_batches(folder / args.batches)
         self.sources = [
-            Source(kind, weight, self.loaders[kind], normalization(image_processor), device)  # type: ignore[arg-type]
+            TrainDataset(kind, weight, self.loaders[kind], normalization(image_processor), device)  # type: ignore[arg-type]
             for kind, weight in (("laion", 0.2), ("mmc4", 1.0))
         ]
+        self.trainer = Trainer(self.step_model, self.optimizer, self.sources, self.args.precision, scaler=self.scaler)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self._savers: dict[bool, Any] = {False: checkpoints.FileSaver(only_newest=False)}
+        self._savers: dict[bool, Any] = {False: FileSaver(only_newest=False)}
         if args.group:
             self._savers[True] = ShardedSaver(only_newest=False)
 
@@ -155,9 +156,7 @@ class Ours:
         ]
 
     def _update(self) -> None:
-        train_update(
-            self.step_model, self.optimizer, self.args.learning_rate, self.sources, 1, self.args.precision, self.scaler
-        )
+        train_step(self.trainer, self.args.learning_rate)
 
     def use_batches(self, file: str | Path) -> None:
         batches = torch.load(file)
@@ -245,12 +244,10 @@ class Ours:
         shutil.rmtree(self.folder, ignore_errors=True)
         plan = Plan({"laion": 1}, {"laion": 10**6}, 1, {"laion": 1})
         saver = self._savers[sharded]
-        path = checkpoints.epoch_end_path(self.folder, 0, sharded)
+        path = checkpoints.checkpoint_path(self.folder, Progress(1, 1), sharded)
         self._wait()
         start = time.perf_counter()
-        state = snapshot(
-            self.args, self.world, plan, 16, Progress(1), self.model, self.optimizer, self.sources, self.scaler
-        )  # fmt: skip
+        state = resume_state(TrainState(self.args, self.world, plan, self.model, self.trainer, 16), Progress(1, 1))
         saver.save(self.model, self.optimizer, state, path)
         self._wait()
         standstill = time.perf_counter() - start
@@ -283,7 +280,9 @@ class OurLoaders:
 
         with build_loader(options, self.tokenizer, self.image_processor) as loader:
             return loading_rate(
-                ((batch.image_counts, batch.attention_mask) for batch in loader), skip=3 * workers, seconds=seconds
+                ((batch.image_counts, batch.input_ids != self.tokenizer.pad_token_id) for batch in loader),
+                skip=3 * workers,
+                seconds=seconds,
             )
 
 

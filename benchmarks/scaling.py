@@ -6,7 +6,7 @@
 Nothing runs on a GPU here, and no time is measured. What is counted and what is assumed:
 
 - Counted, from the program's own classes on the meta device (shapes without memory): parameters and their types
-  (`hold_weights`), the units that FSDP gathers (`parallel.units`), the matrix FLOPs of one update and its activations.
+  (`cast_frozen_weights`), the units that FSDP gathers (`parallel.units`), the matrix FLOPs of one update and its activations.
 - Derived: bytes held and sent, by the formulas in `held` and `collectives`.
 - Assumed: the rates of `ACCELERATORS`, and the share of them that is reached. Flags change them.
 
@@ -33,7 +33,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MptConfig, MptForCau
 
 from open_flamingo import Flamingo
 from open_flamingo.train.parallel import units
-from open_flamingo.train.precision import hold_weights
+from open_flamingo.train.precision import cast_frozen_weights
 
 GPUS = (8, 64, 512)
 GPUS_OF_NODE = 8
@@ -234,7 +234,7 @@ def count(recipe: Recipe, gradient_checkpointing: bool) -> Counted:
         forward, backward, activations = forward + forward_flops, backward + backward_flops, max(activations, peak)
 
     units_fp32 = unit_pieces(model)
-    hold_weights(model, "amp_bf16")
+    cast_frozen_weights(model, "amp_bf16")
     return Counted(
         parameters,
         sum(p.numel() for p in model.parameters() if p.requires_grad),

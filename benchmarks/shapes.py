@@ -196,7 +196,7 @@ def _flops_of(shape: Shape, rows: dict[str, Tensor], interleaved: bool, media_id
     with_image = float(((input_ids == media_id).cumsum(1) > 0).sum())  # tokens
     # Labels are of all tokens from the first <image> on but <image> itself; documents here have no text between
     # <|endofchunk|> and the next <image>. A label at a row's first token has nothing before it that predicts it.
-    labelled = float((((input_ids == media_id).cumsum(1) > 0) & (input_ids != media_id))[:, 1:].sum())
+    labeled = float((((input_ids == media_id).cumsum(1) > 0) & (input_ids != media_id))[:, 1:].sum())
 
     width, patch = shape.vision["width"], shape.vision["patch_size"]
     patches = (shape.vision["image_size"] // patch) ** 2
@@ -227,7 +227,7 @@ def _flops_of(shape: Shape, rows: dict[str, Tensor], interleaved: bool, media_id
         "resampler": 3 * resampler * images,
         "gated cross-attention": 3 * cross_attention,
         "language model": 2 * linear + 3 * attention,
-        "head": 2 * 2 * labelled * dim * vocabulary,
+        "head": 2 * 2 * labeled * dim * vocabulary,
     }
 
 

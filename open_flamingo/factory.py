@@ -285,7 +285,7 @@ def load_tokenizer(
     """A tokenizer with the model's special tokens added to those that it has."""
     with (
         loading("tokenizer_path (--tokenizer_path, by default that of --lm_path)", path),
-        refusing_code(trust_remote_code),
+        explain_remote_code_error(trust_remote_code),
     ):
         check_tokenizer(path)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -323,7 +323,7 @@ def load_language_model(
         "cache_dir": cache_dir,
     }
     model: Any
-    with loading("lang_encoder_path (--lm_path)", path), refusing_code(trust_remote_code):
+    with loading("lang_encoder_path (--lm_path)", path), explain_remote_code_error(trust_remote_code):
         check_language_model(path)
         if meta:
             config = AutoConfig.from_pretrained(path, **where)
@@ -336,7 +336,7 @@ def load_language_model(
 
 
 @contextmanager
-def refusing_code(trusted: bool) -> Iterator[None]:
+def explain_remote_code_error(trusted: bool) -> Iterator[None]:
     """transformers' refusal of a model's own code, in our words."""
     try:
         yield

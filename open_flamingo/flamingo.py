@@ -18,16 +18,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .language_model import (
     ConditionedLayer,
     Conditioning,
-    a_text_a_row,
     add_gated_cross_attention,
     add_new_token_rows,
     cache_length,
     conditioned,
     input_embedding,
+    maybe_checkpoint,
     output_head,
-    run,
+    skip_packed_sequence_check,
 )
-from .loss import LabelledPositions, copy_to, full_loss, has_base_model, labelled_loss, labelled_positions
+from .loss import LabeledPositions, copy_to, full_loss, has_base_model, labeled_loss, labeled_positions
 from .resampler import PerceiverResampler
 from .vision import patch_tokens
 from .weights import load_into
@@ -134,7 +134,7 @@ class Flamingo(nn.Module):
         vision_x: Tensor | None,
         lang_x: Tensor,
         attention_mask: Tensor | None = None,
-        labels: Tensor | LabelledPositions | None = None,
+        labels: Tensor | LabeledPositions | None = None,
         clear_conditioned_layers: bool = True,
         past_key_values: Any = None,
         use_cache: bool = False,
@@ -152,7 +152,7 @@ class Flamingo(nn.Module):
                 real token sees it. (Without one, attention runs its faster causal kernels.)
             labels: long[B, T], -100 where a token does not count. With labels, `logits` is None: only the logits
                 of positions whose next token has a label are made, a piece at a time. Picking these positions waits for
-                the GPU if the labels are there (where FSDP puts all tensors that it is given): `labelled_positions` of
+                the GPU if the labels are there (where FSDP puts all tensors that it is given): `labeled_positions` of
                 labels on the CPU, given instead of them, does not.
             clear_conditioned_layers: accepted for the reference's callers. Nothing needs clearing here.
             past_key_values: a cache of earlier tokens, as Hugging Face models take it. The images are those of
@@ -168,7 +168,7 @@ class Flamingo(nn.Module):
             ValueError: a row has more `<image>` tokens than image slots, or `vision_x` is not of six dimensions.
         """
         # What waits for the GPU comes first, while little is queued there.
-        labelled = labelled_positions(labels, lang_x.device) if isinstance(labels, Tensor) else labels
+        labeled = labeled_positions(labels, lang_x.device) if isinstance(labels, Tensor) else labels
         conditioning = self._condition(vision_x, lang_x, image_counts, start=cache_length(past_key_values))
         inputs: dict[str, Any] = {"input_ids": lang_x, "attention_mask": attention_mask}
         if attention_mask is not None and self._takes_position_ids:
@@ -179,16 +179,16 @@ class Flamingo(nn.Module):
             inputs[self._cache_name] = past_key_values
 
         with conditioned(conditioning):
-            if labelled is None:
+            if labeled is None:
                 return self.lang_encoder(**inputs, use_cache=use_cache)
             if not has_base_model(self.lang_encoder):
                 logits = self.lang_encoder(**inputs, use_cache=False).logits
-                return CausalLMOutputWithPast(loss=full_loss(logits, *labelled))
+                return CausalLMOutputWithPast(loss=full_loss(logits, *labeled))
             base_model: Any = self.lang_encoder.base_model
             conditioning.prepare_for_call(lang_x.shape[0], lang_x.shape[1], past_key_values)
-            with a_text_a_row():
+            with skip_packed_sequence_check():
                 hidden_states = base_model(**inputs, use_cache=False)[0]
-            return CausalLMOutputWithPast(loss=labelled_loss(self.lang_encoder, hidden_states, *labelled))
+            return CausalLMOutputWithPast(loss=labeled_loss(self.lang_encoder, hidden_states, *labeled))
 
     @torch.no_grad()
     def generate(
@@ -299,7 +299,7 @@ class Flamingo(nn.Module):
             features = patch_tokens(self.vision_encoder, images.flatten(0, 1).to(dtype))
         features = features.unflatten(0, (len(images), 1, -1)).to(self.perceiver.latents.dtype)  # [M, 1, F, V, E]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        return run(self.perceiver, features, recompute=recompute).squeeze(1)
+        return maybe_checkpoint(self.perceiver, features, recompute=recompute).squeeze(1)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Weights

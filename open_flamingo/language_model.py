@@ -120,7 +120,7 @@ _FIND_PACKED = getattr(masking_utils, "find_packed_sequence_indices", None)
 
 
 @contextmanager
-def a_text_a_row() -> Iterator[None]:
+def skip_packed_sequence_check() -> Iterator[None]:
     """Within this `with`, Hugging Face models do not look at the numbers of their position ids for rows of several texts.
 
     They would wait for the GPU there, in the middle of each forward pass. Where they count the positions themselves, such rows
@@ -182,11 +182,11 @@ class ConditionedLayer(nn.Module):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not conditioning.uses_cache
         if self.gated_cross_attn_layer is not None:
             inputs = (hidden_states, conditioning.media, conditioning.mask)
-            hidden_states = run(self.gated_cross_attn_layer, *inputs, recompute=recompute)
-        return run(self.decoder_layer, hidden_states, *args, recompute=recompute, **kwargs)
+            hidden_states = maybe_checkpoint(self.gated_cross_attn_layer, *inputs, recompute=recompute)
+        return maybe_checkpoint(self.decoder_layer, hidden_states, *args, recompute=recompute, **kwargs)
 
 
-def run(module: nn.Module, *args: Any, recompute: bool, **kwargs: Any) -> Any:
+def maybe_checkpoint(module: nn.Module, *args: Any, recompute: bool, **kwargs: Any) -> Any:
     """Call `module`, keeping its activations for the backward pass or recomputing them there.
 
     No random state is kept for the recomputation: nothing here draws random numbers (frozen parts stay in eval mode).
@@ -314,9 +314,9 @@ def add_new_token_rows(
     embedding.padding_idx = None  # it only stops the gradient of one row, and here it would stop a trained one's
     parameters = [_add_rows(embedding, ids)]
     if head is embedding:
-        merged = MergedMatrix(embedding)
-        lang_encoder.register_forward_pre_hook(merged.put_in)
-        lang_encoder.register_forward_hook(merged.take_out, always_call=True)
+        patch = EmbeddingPatch(embedding)
+        lang_encoder.register_forward_pre_hook(patch.apply)
+        lang_encoder.register_forward_hook(patch.restore, always_call=True)
         return parameters
     embedding.register_forward_hook(_embed_new_tokens)
     if heads_are_tied(lang_encoder):
@@ -362,7 +362,7 @@ def _new_token_logits(owner: nn.Module, head: nn.Module, args: tuple[Any, ...], 
     return logits.index_copy(-1, ids, new_logits.to(logits.dtype))
 
 
-class MergedMatrix:
+class EmbeddingPatch:
     """For a model with no head module, which multiplies by its embedding's matrix somewhere in its forward (the code of
     MPT-1B): during its forward, the matrix is a new one with the trained rows written in.
 
@@ -373,10 +373,10 @@ class MergedMatrix:
         self.embedding = embedding
         self.frozen: list[Any] = []
 
-    def put_in(self, lang_encoder: nn.Module, args: tuple[Any, ...]) -> None:
+    def apply(self, lang_encoder: nn.Module, args: tuple[Any, ...]) -> None:
         weight, ids, rows = (getattr(self.embedding, name) for name in ("weight", "new_ids", "new_rows"))
         self.frozen.append(weight)
         self.embedding._parameters["weight"] = weight.index_copy(0, ids, rows.to(weight.dtype))
 
-    def take_out(self, lang_encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def restore(self, lang_encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.embedding._parameters["weight"] = self.frozen.pop()

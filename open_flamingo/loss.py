@@ -1,7 +1,7 @@
 """The language-modelling loss, with logits only where a label counts.
 
 Of a batch of B × T tokens and a vocabulary of V, the full logits are the largest tensor of a step by far (B·T·V), and
-most of their rows have no label. Here the hidden states of labelled positions are picked first, and logits are made of
+most of their rows have no label. Here the hidden states of labeled positions are picked first, and logits are made of
 a bounded number of them at a time. Their gradients are taken at once, while the logits are there, and only those of the
 hidden states are kept for the backward pass: no logits are, and none are made twice.
 """
@@ -31,7 +31,7 @@ MAX_SUMMED = 2**20
 """Logits that are in float32 at once, on a CPU: they stay in its cache until their gradient is made. A GPU takes a piece whole."""
 
 
-class LabelledPositions(NamedTuple):
+class LabeledPositions(NamedTuple):
     """Which hidden states predict a token that counts, and that token.
 
     positions: long[P], indices into the hidden states without each row's last, flattened: [B·(T - 1)].
@@ -42,7 +42,7 @@ class LabelledPositions(NamedTuple):
     targets: Tensor
 
 
-def labelled_positions(labels: Tensor, device: torch.device) -> LabelledPositions:
+def labeled_positions(labels: Tensor, device: torch.device) -> LabeledPositions:
     """
     Args:
         labels: long[B, T], `IGNORED` where a token does not count. On a GPU this waits for it, on the CPU it does not.
@@ -50,7 +50,7 @@ def labelled_positions(labels: Tensor, device: torch.device) -> LabelledPosition
     """
     targets = labels[:, 1:].flatten()
     positions = (targets != IGNORED).nonzero().squeeze(-1)
-    return LabelledPositions(copy_to(device, positions), copy_to(device, targets[positions]))
+    return LabeledPositions(copy_to(device, positions), copy_to(device, targets[positions]))
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+def labeled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of the tokens that count, in float32.
 
     Equal to Hugging Face's loss on full logits, but 0 (with a gradient of 0) where no label counts.
@@ -70,7 +70,7 @@ def labelled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Ten
     Args:
         lang_encoder: a Hugging Face causal language model; its head makes the logits.
         hidden_states: [B, T, D], the last hidden states of its base model.
-        positions, targets: of `labelled_positions`.
+        positions, targets: of `labeled_positions`.
     """
     hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
     device_type, vocabulary = hidden_states.device.type, len(input_embedding(lang_encoder).weight)

@@ -6,12 +6,11 @@ an unfiltered state dict also lists the decoder layers and the gated blocks unde
 front.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .language_model import heads_are_tied, input_embedding, output_head
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 ROWS = ".new_rows"
 LANGUAGE_MODEL = "lang_encoder."
+Gather = Callable[[Tensor], Tensor]
 
 
 def module_name(root: nn.Module, module: nn.Module | None) -> str | None:
@@ -41,17 +41,11 @@ def head_name(model: "Flamingo") -> str | None:
     return f"{module_name(model, head)}.weight"
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor`, detached; gathered from all ranks if it is sharded over them, in which case every rank must call this."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def with_rows(module: Any) -> Tensor:
+def with_rows(module: Any, gather: Gather = Tensor.detach) -> Tensor:
     """A copy of `module.weight` with the rows of the new tokens written in."""
-    weight = whole(module.weight).clone()
+    weight = gather(module.weight).clone()
     if hasattr(module, "new_rows"):
-        weight[module.new_ids] = whole(module.new_rows).to(weight.dtype)
+        weight[module.new_ids] = gather(module.new_rows).to(weight.dtype)
     return weight
 
 
@@ -63,31 +57,32 @@ def saved_parameters(model: "Flamingo") -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def trained_tensors(model: "Flamingo") -> Iterator[tuple[str, Tensor]]:
+def trained_tensors(model: "Flamingo", gather: Gather = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of what a checkpoint keeps, one at a time: see `trained_state_dict`.
 
-    A sharded model's tensors are gathered as they come, so every rank must go through all of them; a rank that keeps
-    none holds one whole tensor at a time.
+    Args:
+        gather: makes a whole, detached tensor of a parameter. If that needs all ranks, every rank must go through all of them; one
+            that keeps none holds one whole tensor at a time.
     """
     embedding, head = embedding_name(model), head_name(model)
     for name, parameter in saved_parameters(model):
         if name not in (embedding, head) and not name.endswith(ROWS):
-            yield name, whole(parameter)
-    matrix = with_rows(input_embedding(model.lang_encoder))
+            yield name, gather(parameter)
+    matrix = with_rows(input_embedding(model.lang_encoder), gather)
     yield embedding, matrix
     if head is not None:
         tied = heads_are_tied(model.lang_encoder)
-        yield head, matrix if tied else with_rows(output_head(model.lang_encoder))
+        yield head, matrix if tied else with_rows(output_head(model.lang_encoder), gather)
 
 
-def trained_state_dict(model: "Flamingo") -> dict[str, Tensor]:
+def trained_state_dict(model: "Flamingo", gather: Gather = Tensor.detach) -> dict[str, Tensor]:
     """What a checkpoint keeps, under the reference's names (without `module.`), detached but not copied.
 
     That is what the reference keeps (trained parameters, the language model's parameters with "embed" in their name, and
     a tied head), and, where the head is not tied, its matrix as well: the reference loses the new tokens' rows of
     it. The embedding matrix and the head are copies with the trained rows written in.
     """
-    return dict(trained_tensors(model))
+    return dict(trained_tensors(model, gather))
 
 
 def reference_parameter_names(model: "Flamingo") -> dict[str, str]:

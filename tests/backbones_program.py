@@ -15,21 +15,21 @@ import torch.distributed as dist
 
 from open_flamingo import create_model_and_transforms
 from open_flamingo.train.data.images import image_spec
-from open_flamingo.train.distributed import distributed, find_place, gather_objects
-from open_flamingo.train.parallel import Sharding, parallelise
+from open_flamingo.train.distributed import detect_launcher, distributed, gather_objects
+from open_flamingo.train.parallel import Sharding, parallelize
 from open_flamingo.vision import patch_tokens
 
 
 def main() -> None:
     lm_path, *configs = sys.argv[1:]
-    with distributed(find_place(), "env://", "gloo") as world:
+    with distributed(detect_launcher()) as world:
         for config in configs:
             for sharding in (None, Sharding(2, shard_frozen=False)):
                 torch.manual_seed(world.rank)
                 model, transform, _ = create_model_and_transforms(config, None, lm_path, meta=not world.is_main)
                 tensors = [*model.parameters(), *model.buffers()]
                 assert all(tensor.is_meta != world.is_main for tensor in tensors)
-                parallelise(model, world, sharding)
+                parallelize(model, world, sharding)
                 tower = model.vision_encoder
                 image = torch.randn(1, 3, *tower.image_size, generator=torch.Generator().manual_seed(0))
                 with torch.no_grad():

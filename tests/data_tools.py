@@ -13,7 +13,9 @@ from open_clip.transform import image_transform
 from transformers import AutoTokenizer
 
 from open_flamingo.train.data.lanes import Counts, Randomness
-from open_flamingo.train.data.loader import Batch, DataOptions, Loader, LoaderState, build_loader
+from open_flamingo.train.data.loader import Batch, Loader, build_loader
+from open_flamingo.train.data.options import DataOptions
+from open_flamingo.train.data.workers import LoaderState
 
 GOLDEN = Path(__file__).parent / "golden"
 EOC, MEDIA, PAD, EOS = 1000, 1001, 1002, 0
@@ -72,7 +74,7 @@ def rows(batch: Batch) -> list[tuple[str, list[int], list[int], torch.Tensor]]:
     """(key, ids, labels, images) of each row, without padding."""
     result = []
     for row, key in enumerate(batch.keys):
-        length, count = int(batch.attention_mask[row].sum()), batch.image_counts[row]
+        length, count = int((batch.input_ids[row] != PAD).sum()), batch.image_counts[row]
         assert int((batch.input_ids[row] == MEDIA).sum()) == count
         assert not batch.images[row, count:].any()
         assert (batch.input_ids[row, length:] == PAD).all()

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import open_flamingo
-from open_flamingo.train import checkpoint, step
+from open_flamingo.train import loop, step
+from open_flamingo.train.checkpoint import files
 from open_flamingo.train.data.loader import Loader
 from open_flamingo.train.health import Health
 from open_flamingo.train.train import main
 
 load = Loader.__next__
-loss_of, begin, build, save = step.loss_of, Health.begin, open_flamingo.create_model_and_transforms, checkpoint.save
+compute_loss, begin, build, save = step.compute_loss, Health.begin, loop.create_model_and_transforms, files.save
 destroy_process_group = dist.destroy_process_group
 update = 0
 
@@ -37,10 +37,10 @@ def count_updates(health: Health, number: int) -> None:
     begin(health, number)
 
 
-def faulty_loss(model: Any, batch: Any, source: Any, precision: str) -> torch.Tensor:
-    loss = loss_of(model, batch, source, precision)
+def faulty_loss(model: Any, dataset: Any, batch: Any) -> torch.Tensor:
+    loss = compute_loss(model, dataset, batch)
     for fault in plan.get("faults", []):
-        here = fault["kind"] == source.kind and update in fault["updates"]
+        here = fault["kind"] == dataset.kind and update in fault["updates"]
         if not here or int(os.environ.get("RANK", 0)) not in fault["rank"]:
             continue
         if fault["what"] == "loss":
@@ -86,14 +86,14 @@ class WrongGradient(torch.autograd.Function):
 
 if __name__ == "__main__":
     plan = json.loads(sys.argv[1])
-    step.loss_of = faulty_loss
+    step.compute_loss = faulty_loss
     Health.begin = count_updates  # type: ignore[method-assign]
     if "seconds_loading" in plan:
         Loader.__next__ = load_slowly  # type: ignore[method-assign]
     if "seconds_building" in plan:
-        open_flamingo.create_model_and_transforms = build_slowly
+        loop.create_model_and_transforms = build_slowly  # type: ignore[assignment]
     if "seconds_saving" in plan:
-        checkpoint.save = save_slowly
+        files.save = save_slowly
     if plan.get("collective_end"):
         dist.destroy_process_group = end_together
     main(sys.argv[2:])

@@ -15,13 +15,12 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
-from open_flamingo.train.distributed import World, distributed, find_place
+from open_flamingo.train.data.options import data_options
+from open_flamingo.train.distributed import GroupOptions, World, detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
-from open_flamingo.train.parallel import Sharding, compile_blocks, made_up_sample, parallelise, rehearse
-from open_flamingo.train.precision import build_loss_scaler, hold_weights
-from open_flamingo.train.step import Source, train_update
-from open_flamingo.train.train import data_options
-from open_flamingo.weights import whole
+from open_flamingo.train.parallel import Sharding, compile_blocks, dummy_batch, full_tensor, parallelize, warm_up_ddp
+from open_flamingo.train.precision import build_loss_scaler, cast_frozen_weights
+from open_flamingo.train.step import TrainDataset, Trainer, train_step
 
 # (precision, how it is spread, compiled or not)
 RUNS = (
@@ -43,7 +42,7 @@ SHARDINGS = {"ddp": None, "full": Sharding(2), "hybrid": Sharding(1)}
 
 def main() -> None:
     args = parse_args(sys.argv[2:])
-    with distributed(find_place(), args.dist_url, args.dist_backend) as world:
+    with distributed(detect_launcher(), GroupOptions(args.dist_url)) as world:
         with (Path(sys.argv[1]) / f"{world.rank}.jsonl").open("w") as file:
             for run in RUNS:
                 file.write(f"{json.dumps(train(args, world, *run))}\n")
@@ -65,26 +64,27 @@ def train(args, world: World, precision: str, way: str, compiled: bool) -> dict[
         args.lm_path,
         gradient_checkpointing=compiled,
     )
-    hold_weights(model, precision)
-    parallel_model = parallelise(model, world, SHARDINGS[way])
+    cast_frozen_weights(model, precision)
+    parallel_model = parallelize(model, world, SHARDINGS[way])
     optimizer = build_optimizer(model, 1e-3, 0.1)
     scaler = build_loss_scaler(precision, world.device)
     sources = [
-        Source(
+        TrainDataset(
             name, 1.0, build_loader(option, tokenizer, image_processor), normalization(image_processor), world.device
         )
         for name, option in data_options(args, world, None).items()
     ]
     image = image_processor(Image.new("RGB", (64, 64)))
-    rehearse(parallel_model, made_up_sample(image, model.media_token_id, model.eoc_token_id), precision)
+    warm_up_ddp(parallel_model, dummy_batch(image, model.media_token_id, model.eoc_token_id), precision)
     if compiled:
         compile_blocks(model)
 
+    trainer = Trainer(parallel_model, optimizer, sources, precision, scaler=scaler)
     before = digest(model)
     for update in range(2):
         overflows = update == 0 and precision == "fp16"
         sources[0].weight = float("inf") if overflows and world.rank == 1 else 1.0
-        norm = train_update(parallel_model, optimizer, 1e-2, sources, 1, precision, scaler)
+        norm = train_step(trainer, 1e-2)
         assert (digest(model) == before) == overflows, (precision, update, norm)
         before = digest(model)
     line = {"run": [precision, way, compiled], "rank": world.rank, "weights": before, "loss": sources[0].loss}
@@ -94,7 +94,7 @@ def train(args, world: World, precision: str, way: str, compiled: bool) -> dict[
 
 
 def digest(model: nn.Module) -> str:
-    weights = [whole(p.detach()).float().numpy().tobytes() for p in model.parameters() if p.requires_grad]
+    weights = [full_tensor(p).float().numpy().tobytes() for p in model.parameters() if p.requires_grad]
     return hashlib.sha256(b"".join(weights)).hexdigest()
 
 

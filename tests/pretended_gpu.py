@@ -199,7 +199,7 @@ def train_twice(flags: list[str]) -> None:
 
 
 def pass_through_families() -> None:
-    from open_flamingo.loss import labelled_positions
+    from open_flamingo.loss import labeled_positions
     from tests import families
 
     device = torch.device(NAME, 0)
@@ -210,7 +210,7 @@ def pass_through_families() -> None:
         counts = (token_ids == families.IMAGE).sum(1).tolist()
         pictures = families.images(len(token_ids), max(counts)).to(device)
         waits.clear()
-        labels = labelled_positions(token_ids, device)
+        labels = labeled_positions(token_ids, device)
         model(pictures, token_ids.to(device), labels=labels, image_counts=counts).loss.backward()
         print(f"{family} waited:", json.dumps(waits))
 

@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from open_flamingo import Flamingo
 from open_flamingo.resampler import PerceiverResampler
 from open_flamingo.train.data.loader import Batch
-from open_flamingo.train.distributed import World, distributed, find_place, gather_objects
+from open_flamingo.train.distributed import World, detect_launcher, distributed, gather_objects
 from open_flamingo.train.optimizer import build_optimizer
-from open_flamingo.train.parallel import Sharding, parallelise
-from open_flamingo.train.step import Source, train_update
+from open_flamingo.train.parallel import Sharding, full_tensor, parallelize
+from open_flamingo.train.step import TrainDataset, Trainer, train_step
 from open_flamingo.weights import trained_state_dict
 from tests.families import FAMILIES, IMAGE, VIS_DIM, VOCABULARY, flamingo, language_model
 
@@ -68,7 +68,6 @@ def batches(kind: str, accumulation: int, world: World) -> Any:
                 images[rows],
                 [count] * len(ids),
                 ids,
-                torch.ones_like(ids),
                 labels[rows],
                 [""] * len(ids),
                 {},
@@ -109,21 +108,26 @@ def held(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def run(model: Flamingo, world: World, sharding: Sharding | None, accumulation: int, updates: int) -> dict[str, Any]:
-    parallel_model = parallelise(model, world, sharding)
+    parallel_model = parallelize(model, world, sharding)
     optimizer = build_optimizer(model, 1e-3, 0.1)
     sources = []
     for kind, weight in (("laion", 0.2), ("mmc4", 1.0)):
-        source = Source(kind, weight, batches(kind, accumulation, world), None, world.device)
+        source = TrainDataset(kind, weight, batches(kind, accumulation, world), None, world.device)
         sources.append(source)
+    trainer = Trainer(parallel_model, optimizer, sources, accumulation=accumulation)
     losses = []
     for _ in range(updates):
-        norm = train_update(parallel_model, optimizer, 1e-3, sources, accumulation, "fp32")
+        norm = train_step(trainer, 1e-3)
         losses.append([*(source.loss / source.forwards for source in sources), float(norm)])
         for source in sources:
             source.reset()
-    result = {"losses": losses, "weights": trained_state_dict(model), "held": gather_objects(held(model, optimizer))}
+    result = {
+        "losses": losses,
+        "weights": trained_state_dict(model, full_tensor),
+        "held": gather_objects(held(model, optimizer)),
+    }
     # A process that ends with a live DDP object may abort, and DDP is part of a cycle.
-    del parallel_model
+    del parallel_model, trainer
     gc.collect()
     return result
 
@@ -139,7 +143,7 @@ def ways(world_size: int) -> dict[str, Sharding | None]:
 
 
 def main() -> None:
-    with distributed(find_place(), "env://", "gloo") as world:
+    with distributed(detect_launcher()) as world:
         results: dict[Any, Any] = {}
         for (way, sharding), checkpointing, accumulation in itertools.product(
             ways(world.world_size).items(), (False, True), (1, 2)

@@ -19,15 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from open_flamingo.train.data.loader import (
-    Batch,
-    DataOptions,
-    LoaderState,
-    build_loader,
-    resolve_lanes,
-    resolve_workers,
-)
-from open_flamingo.train.labels import laion_labels, mmc4_labels
+from open_flamingo.train.data.labels import laion_labels, mmc4_labels
+from open_flamingo.train.data.loader import Batch, build_loader
+from open_flamingo.train.data.options import DataOptions, resolve_lanes, resolve_workers
+from open_flamingo.train.data.workers import LoaderState
 from tests.data_tools import EOC, MEDIA, PAD, image_processor, loader, rows, same, tokenizer
 from tests.shards import synthetic_document, write_laion, write_mmc4, write_tar
 
@@ -160,9 +155,9 @@ def test_a_batch_is_what_it_says(patterns: dict[str, str]) -> None:
         for batch in per_rank[0]:
             assert batch.images.dtype == torch.uint8
             assert batch.images.shape == (4, max(batch.image_counts), 3, 32, 32)
-            assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.labels.dtype == torch.int64
-            assert batch.input_ids.shape == batch.attention_mask.shape == batch.labels.shape
-            assert batch.attention_mask.sum(1).max() == batch.input_ids.shape[1], "padded to the longest"
+            assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+            assert batch.input_ids.shape == batch.labels.shape
+            assert (batch.input_ids != PAD).sum(1).max() == batch.input_ids.shape[1], "padded to the longest"
             if kind == "laion":
                 expected = laion_labels(batch.input_ids, MEDIA, PAD)
             else:
@@ -281,7 +276,7 @@ def test_the_dataset_can_be_sent_to_a_fresh_process(patterns: dict[str, str]) ->
     """Python 3.14 starts workers so."""
     batches = loader("mmc4", patterns["mmc4"])
     dataset = pickle.loads(pickle.dumps(batches.dataset))
-    (expected,), (result,) = (list(islice(one.shares(0), 1)) for one in (batches.dataset, dataset))
+    (expected,), (result,) = (list(islice(one.parts(0), 1)) for one in (batches.dataset, dataset))
     assert np.array_equal(result.images, expected.images)
     assert result.keys == expected.keys
 

@@ -26,10 +26,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.distributed import World
-from open_flamingo.train.health import EXIT_STOPPED, Watchdog, check_finite
+from open_flamingo.train.health import EXIT_STOPPED, check_finite
 from open_flamingo.train.train import main
+from open_flamingo.train.watchdog import Watchdog
 from tests.launch.slurm import free_port
 from tests.tiny import ROOT, assert_same, finished, torchrun
 
@@ -251,7 +252,7 @@ def test_a_killed_rank_is_named_and_torchrun_starts_again_by_itself(
     victim = ranks_of(process)[1]
     os.kill(victim, signal.SIGKILL)
     output = finished(process)
-    assert re.search(rf"Rank 1 \(\S+, pid {victim}\) has died or hangs: last heard of at update \d+", output), output
+    assert re.search(rf"Rank 1 \(\S+, pid {victim}\) died or hung; last reported at update \d+", output), output
     assert "resuming from" in output
     saved = torch.load(run / LAST, weights_only=True)
     assert_same({**whole, "flags": None}, {**saved, "flags": None})  # --save_steps differs
@@ -293,7 +294,7 @@ def diagnoses(store: CountingStore, phases: list[int]) -> list[str | None]:
     with contextlib.ExitStack() as stack:
         watchdogs = []
         for rank, count in enumerate(phases):
-            world = World(rank, ranks, rank, cpu, "test", ranks, cast(dist.Store, store))
+            world = World("test", rank, ranks, rank, ranks, cpu, cast(dist.Store, store))
             watchdogs.append(stack.enter_context(Watchdog(world, 60.0, 60.0)))
             for phase in range(count):
                 watchdogs[-1].set_phase(f"update {phase}")
@@ -305,7 +306,7 @@ def test_one_rank_alone_compares_the_others() -> None:
     store = CountingStore()
     said = diagnoses(store, [2, 2, 1, 2])
     assert len(set(said)) == 1
-    assert re.fullmatch(r"Rank 2 \(\S+, pid \d+\) is behind: last heard of at update 0\.", said[0] or "")
+    assert re.fullmatch(r"Rank 2 \(\S+, pid \d+\) is behind; last reported at update 0\.", said[0] or "")
     assert store.requests["add"] == 4  # to settle who compares
     beats = store.requests["set"]
     assert store.requests["get"] <= beats + 2 * 4 + 4  # with each beat rank 0's; all ranks' twice; the verdict by each
@@ -347,7 +348,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
     output, _ = process.communicate()
     assert process.returncode != 0
     assert re.search(
-        rf"Rank {rank} \(\S+, pid {victim}\) has died or hangs: last heard of at update \d+, \S.*\.tar", output
+        rf"Rank {rank} \(\S+, pid {victim}\) died or hung; last reported at update \d+, \S.*\.tar", output
     ), output
     wait_for(lambda: not alive(victim))
 
@@ -375,7 +376,7 @@ def test_a_start_and_a_save_may_take_longer_than_an_update(disturbed: list[str])
     process = torchrun(2, FAULTY, plan(seconds_building=99), *disturbed, "--startup_timeout=5", "--num_epochs=2")
     output, _ = process.communicate()
     assert process.returncode == 1
-    rank_0 = r"Rank 0 \(\S+, pid \d+\) is behind: last heard of at building the model"
+    rank_0 = r"Rank 0 \(\S+, pid \d+\) is behind; last reported at building the model"
     assert re.search(
         rf"rank 1 has been at waiting for the models of the other ranks for \d+ s \(--startup_timeout\). {rank_0}",
         output,
@@ -412,9 +413,7 @@ def test_without_a_launcher_that_watches_the_other_rank_ends_by_itself(disturbed
     ranks[0].send_signal(signal.SIGSTOP)
     output, _ = ranks[1].communicate()
     assert ranks[1].returncode == 1
-    assert re.search(rf"Rank 0 \(\S+, pid {ranks[0].pid}\) has died or hangs: last heard of at update \d+", output), (
-        output
-    )
+    assert re.search(rf"Rank 0 \(\S+, pid {ranks[0].pid}\) died or hung; last reported at update \d+", output), output
     ranks[0].kill()
     ranks[0].communicate()
 

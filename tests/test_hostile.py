@@ -23,11 +23,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from open_flamingo.factory import load_language_model, load_tokenizer, load_vision_encoder
-from open_flamingo.train import checkpoint as checkpoints
+from open_flamingo.train.checkpoint import SHARDED_STATE
+from open_flamingo.train.checkpoint import files as checkpoints
+from open_flamingo.train.checkpoint.sharded import TensorReader
 from open_flamingo.train.data.samples import Counts
 from open_flamingo.train.data.shards import expand_shards
 from open_flamingo.train.data.tars import read_shard
-from open_flamingo.train.sharded import TensorReader, to_file
+from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from tests.shards import write_laion
 from tests.tiny import ROOT, TOKENIZER
@@ -101,7 +103,7 @@ def test_the_parts_of_a_sharded_checkpoint(mark: Path, tmp_path: Path) -> None:
 
     def sharded(name: str, contents: dict) -> Path:
         dcp.save(contents, checkpoint_id=tmp_path / name, no_dist=True)
-        checkpoints.save({"layout": {}, "optimizer_parameter_names": []}, tmp_path / name / checkpoints.SHARDED_STATE)
+        checkpoints.save({"layout": {}, "optimizer_parameter_names": []}, tmp_path / name / SHARDED_STATE)
         return tmp_path / name
 
     def change(folder: Path, edit: Callable[[Metadata], object]) -> Path:
@@ -124,7 +126,7 @@ def test_the_parts_of_a_sharded_checkpoint(mark: Path, tmp_path: Path) -> None:
     described = change(sharded("described", tensors), lambda metadata: Hostile(mark))
     assert_hostile(mark, lambda: dcp.load(dict(tensors), checkpoint_id=described, no_dist=True))
     state = sharded("state", tensors)
-    save_hostile(state / checkpoints.SHARDED_STATE, mark)
+    save_hostile(state / SHARDED_STATE, mark)
     for folder, says in {
         pickled: "it asks for .*BytesStorageMetadata",
         described: "it asks for posix.system",

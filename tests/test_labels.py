@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from open_flamingo.train.labels import laion_labels, mmc4_labels
+from open_flamingo.train.data.labels import laion_labels, mmc4_labels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "labels.json").read_text())
 IDS = GOLDEN["token_ids"]

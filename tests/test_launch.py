@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from open_flamingo.train.arguments import parse_args
-from open_flamingo.train.distributed import Place, distributed, find_place, first_host, meeting_point
-from open_flamingo.train.train import main
+from open_flamingo.train.distributed import World, detect_launcher, distributed, first_host, init_method
 from tests.launch import slurm as slurm_cluster
 from tests.launch.slurm import Slurm, free_port
 from tests.tiny import ROOT, assert_same, finished, kill
@@ -67,23 +66,23 @@ SRUN = BATCH_SCRIPT | STEP
 @pytest.mark.parametrize(
     ("variables", "place"),
     [
-        ({}, Place("one process")),
-        (HAND, Place("environment", 5, 16, 0, None)),
-        (TORCHRUN, Place("torchrun", 5, 16, 1, 4)),
-        (OPEN_MPI, Place("Open MPI", 6, 8, 2, 4)),
-        (HYDRA, Place("Intel MPI or MPICH", 6, 8, 2, 4)),
-        (SRUN, Place("SLURM", 3, 4, 1, None)),
-        (SRUN | TORCHRUN, Place("torchrun", 5, 16, 1, 4)),
-        (SRUN | OPEN_MPI, Place("Open MPI", 6, 8, 2, 4)),
-        (SRUN | {"PMI_RANK": 3, "PMI_SIZE": 4}, Place("SLURM", 3, 4, 1, None)),  # srun --mpi=pmi2
-        (BATCH_SCRIPT, Place("one process")),  # python without srun, in a job of several tasks
+        ({}, World("one process")),
+        (HAND, World("environment", 5, 16, 0, None)),
+        (TORCHRUN, World("torchrun", 5, 16, 1, 4)),
+        (OPEN_MPI, World("Open MPI", 6, 8, 2, 4)),
+        (HYDRA, World("Intel MPI or MPICH", 6, 8, 2, 4)),
+        (SRUN, World("SLURM", 3, 4, 1, None)),
+        (SRUN | TORCHRUN, World("torchrun", 5, 16, 1, 4)),
+        (SRUN | OPEN_MPI, World("Open MPI", 6, 8, 2, 4)),
+        (SRUN | {"PMI_RANK": 3, "PMI_SIZE": 4}, World("SLURM", 3, 4, 1, None)),  # srun --mpi=pmi2
+        (BATCH_SCRIPT, World("one process")),  # python without srun, in a job of several tasks
     ],
 )
 def test_what_launched_this_process(
-    variables: dict[str, object], place: Place, environment: Callable[..., None]
+    variables: dict[str, object], place: World, environment: Callable[..., None]
 ) -> None:
     environment(**variables)
-    assert find_place() == place
+    assert detect_launcher() == place
 
 
 @pytest.mark.parametrize(
@@ -91,43 +90,43 @@ def test_what_launched_this_process(
     [
         ({"RANK": 2, "WORLD_SIZE": 2}, "RANK=2 is not a rank of WORLD_SIZE=2"),
         ({"RANK": "two", "WORLD_SIZE": 2}, "RANK='two' is not a number"),
-        ({"HOROVOD_RANK": 0, "HOROVOD_SIZE": 2}, "--horovod is missing"),
+        ({"HOROVOD_RANK": 2, "HOROVOD_SIZE": 2}, "HOROVOD_RANK=2 is not a rank of HOROVOD_SIZE=2"),
     ],
 )
 def test_contradictions_are_named(variables: dict[str, object], message: str, environment: Callable[..., None]) -> None:
     environment(**variables)
     with pytest.raises(ValueError, match=message):
-        find_place()
+        detect_launcher()
 
 
 def test_the_ranks_meet_where_the_launcher_says(environment: Callable[..., None]) -> None:
     environment(**SRUN)
-    step = meeting_point(find_place(), "env://")
+    step = init_method(detect_launcher(), "env://")
     assert step.startswith("tcp://gpu08:")  # the step's first node, not the job's
     assert 12_000 <= int(step.rpartition(":")[2]) < 32_000
     environment(SLURM_STEP_ID=3)  # another step of the job may run beside it
-    assert meeting_point(find_place(), "env://") != step
-    assert meeting_point(find_place(), "tcp://other:1") == "tcp://other:1"
+    assert init_method(detect_launcher(), "env://") != step
+    assert init_method(detect_launcher(), "tcp://other:1") == "tcp://other:1"
 
     # An mpirun in the job: its ranks have the variables of different steps, or of none, and must agree.
     environment(**OPEN_MPI, PMIX_NAMESPACE="901")
     points = []
     for variables in ({}, {"SLURM_STEP_ID": 9, "SLURM_STEP_NODELIST": "a1"}):
         environment(**variables)
-        points.append(meeting_point(find_place(), "env://"))
+        points.append(init_method(detect_launcher(), "env://"))
     assert points[0] == points[1]
     assert points[0].startswith("tcp://gpu07:")
 
     environment(MASTER_ADDR="fd00::1")
-    assert meeting_point(find_place(), "env://").startswith("tcp://[fd00::1]:")
+    assert init_method(detect_launcher(), "env://").startswith("tcp://[fd00::1]:")
     environment(MASTER_PORT="15000")  # both exported, as the reference's sbatch script does
-    assert meeting_point(find_place(), "env://") == "env://"
+    assert init_method(detect_launcher(), "env://") == "env://"
 
 
 def test_no_meeting_point_says_what_to_export(environment: Callable[..., None]) -> None:
     environment(**OPEN_MPI, MASTER_ADDR="node1")
     with pytest.raises(ValueError, match="Open MPI: 8 processes, but MASTER_PORT not set"):
-        meeting_point(find_place(), "env://")
+        init_method(detect_launcher(), "env://")
 
 
 HOSTS = ["n1", "n1,n2", "gpu[007-009,12],login1", "gpu[3,5]", "r[1-2]n[08-9],z", "a-b-[10-11]"]
@@ -147,23 +146,13 @@ def test_the_gpu_of_a_process(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    group = distributed(Place("test", 0, 1, local_rank), "env://", "nccl")
+    group = distributed(World("test", 0, 1, local_rank))
     if device is None:
         with pytest.raises(ValueError, match="no GPU: 2 are visible"):
             group.__enter__()
     else:
         with group as world:
             assert str(world.device) == device
-
-
-def test_horovod_that_is_not_there_is_named(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "horovod.torch", None)
-    with pytest.raises(SystemExit) as refused:
-        main([*flags, f"--run_name={tmp_path}", "--horovod"])
-    assert refused.value.code == 1
-    assert "--horovod: Horovod cannot be imported" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the sbatch script

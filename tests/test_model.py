@@ -226,7 +226,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
 # Loss
 
 
-def test_logits_are_made_of_labelled_positions_only_and_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_made_of_labeled_positions_only_and_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("open_flamingo.loss.MAX_LOGITS", 5 * VOCABULARY * 4)
     model, (token_ids, mask, labels) = flamingo(language_model("llama", False)), text()
     sizes: list[int] = []

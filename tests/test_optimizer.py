@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from open_flamingo.train.optimizer import build_optimizer, learning_rate
+from open_flamingo.train.optimizer import build_optimizer
+from open_flamingo.train.schedule import learning_rate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "lr_schedules.json").read_text())
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from open_flamingo import Flamingo
 from open_flamingo.train import precision as precisions
 from open_flamingo.train.parallel import check_compiler, compile_blocks
-from open_flamingo.train.precision import LossScaler, hold_weights
+from open_flamingo.train.precision import LossScaler, cast_frozen_weights
 from open_flamingo.train.train import main
 from tests.families import IMAGE, flamingo, images, language_model, text
 from tests.precision_ranks import RUNS
@@ -93,7 +93,7 @@ def test_each_precision_trains_as_float32_does(
 @pytest.mark.parametrize("family", ["opt", "gpt_neox", "llama", "gemma3", "gptj", "mpt", "falcon"])
 def test_bf16_holds_every_weight_in_bfloat16_and_learns(family: str) -> None:
     model = flamingo(language_model(family, tied=True)).train()
-    hold_weights(model, "bf16")
+    cast_frozen_weights(model, "bf16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     token_ids, _, labels = text()
     loss = model(images(3, 2), token_ids, None, labels).loss

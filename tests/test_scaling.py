@@ -20,7 +20,7 @@ from benchmarks import loader_scale, scaling
 from open_flamingo import Flamingo
 from open_flamingo.train.data import lanes
 from open_flamingo.train.distributed import World
-from open_flamingo.train.parallel import Sharding, gradient_sync, parallelise
+from open_flamingo.train.parallel import Sharding, gradient_sync, parallelize
 from tests.tiny import ROOT, VISION_CONFIG
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
@@ -223,11 +223,11 @@ def test_bytes_held_and_sent_are_those_of_fsdp(
     expected = scaling.held(units, strategy)
     calls = list(scaling.collectives(units, strategy, passes=2))
 
-    sharded = parallelise(model, one_of_eight, Sharding(shard, frozen))
+    sharded = parallelize(model, one_of_eight, Sharding(shard, frozen))
     tokens = torch.tensor([[102, 5, 6, 101]])
     with Sent() as sent:
         for last in (False, True):
-            with gradient_sync(sharded, synchronise=last):
+            with gradient_sync(sharded, enabled=last):
                 sharded(vision_x=torch.zeros(1, 1, 1, 3, 32, 32), lang_x=tokens, labels=tokens).loss.backward()
 
     assert held_in(sharded, gradients=False) == expected.parameters

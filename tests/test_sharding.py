@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from open_flamingo.train.distributed import distributed, find_place
-from open_flamingo.train.parallel import Sharding, parallelise, shard_size
+from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
+from open_flamingo.train.parallel import Sharding, parallelize, shard_size
 from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name
@@ -175,13 +175,13 @@ def test_a_sharded_checkpoint_becomes_the_file_that_would_have_been_written(flag
 @pytest.mark.parametrize("shard_frozen", [True, False])
 def test_each_weight_is_sent_to_the_other_ranks_once(shard_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    with distributed(find_place(), "env://", "gloo", group_of_one=True) as world:
+    with distributed(detect_launcher(), GroupOptions(group_of_one=True)) as world:
         model = small_flamingo("llama", False)
         expected = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
         alone = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
         monkeypatch.setattr("open_flamingo.train.parallel.init_device_mesh", lambda *args, **kwargs: alone)
         monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, src: sent.append(tensor.numel()))
-        parallelise(model, replace(world, world_size=2), Sharding(2, shard_frozen))
+        parallelize(model, replace(world, world_size=2), Sharding(2, shard_frozen))
     assert sum(sent) == expected
 
 
@@ -190,12 +190,13 @@ def test_each_rank_sums_its_own_files(flags: list[str], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
-        "from open_flamingo.train import checkpoint, train\n"
-        "sha256 = checkpoint.sha256\n"
+        "from open_flamingo.train import train\n"
+        "from open_flamingo.train.checkpoint import files\n"
+        "sha256 = files.sha256\n"
         "def told(path):\n"
         "    print('rank', os.environ['RANK'], 'sums', path.name, flush=True)\n"
         "    return sha256(path)\n"
-        "checkpoint.sha256 = told\n"
+        "files.sha256 = told\n"
         "train.main(sys.argv[1:])\n"
     )
     run = [f"--run_name={tmp_path / 'run'}", "--checkpoint_format=sharded", "--fsdp", "--num_epochs=1"]

@@ -17,11 +17,11 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
+from open_flamingo.train.data.options import data_options
 from open_flamingo.train.distributed import World
 from open_flamingo.train.optimizer import build_optimizer
-from open_flamingo.train.precision import hold_weights
-from open_flamingo.train.step import Source, loss_of, train_update
-from open_flamingo.train.train import data_options
+from open_flamingo.train.precision import autocast, cast_frozen_weights
+from open_flamingo.train.step import TrainDataset, Trainer, compute_loss, train_step
 from open_flamingo.vision import patch_tokens
 from tests.families import FAMILIES
 from tests.tiny import ROOT
@@ -36,12 +36,12 @@ def parts(flags: list[str]) -> SimpleNamespace:
     )
     cpu = torch.device("cpu")
 
-    def sources() -> list[Source]:
+    def sources() -> list[TrainDataset]:
         return [
-            Source(kind, weight, build_loader(option, tokenizer, image_processor), normalization(image_processor), cpu)
-            for weight, (kind, option) in zip(
-                (2.0, 10.0), data_options(args, World(0, 1, 0, cpu, "test"), None).items(), strict=True
+            TrainDataset(
+                kind, weight, build_loader(option, tokenizer, image_processor), normalization(image_processor), cpu
             )
+            for weight, (kind, option) in zip((2.0, 10.0), data_options(args, World("test"), None).items(), strict=True)
         ]
 
     optimizer = build_optimizer(model, 1e-2, 0.1)
@@ -53,12 +53,12 @@ def test_an_update_is_the_weighted_mean_over_the_batches_clipped_once(parts: Sim
     total = torch.zeros(())
     for source in parts.sources():
         for _ in range(3):
-            total = total + source.weight * loss_of(parts.model, source.next_batch(), source, "fp32") / 3
+            total = total + source.weight * compute_loss(parts.model, source, source.next_batch()) / 3
     gradients = torch.autograd.grad(total, trained)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     assert norm > 1  # else there is no clipping to be seen
 
-    measured = train_update(parts.model, parts.optimizer, 1e-2, parts.sources(), 3, "fp32")
+    measured = train_step(Trainer(parts.model, parts.optimizer, parts.sources(), accumulation=3), 1e-2)
     torch.testing.assert_close(measured, norm, rtol=1e-4, atol=0)
     for parameter, gradient in zip(trained, gradients):
         momentum = parts.optimizer.state[parameter]["exp_avg"]  # after one step, 1 - beta1 of what AdamW was given
@@ -118,12 +118,14 @@ def test_amp_holds_frozen_matrices_in_bfloat16_and_computes_the_same(
         return seen[0]
 
     monkeypatch.setattr("open_flamingo.flamingo.patch_tokens", tokens_as_the_first_time)
-    before = loss_of(parts.model, batch, source, "amp_bf16")
+    with autocast("amp_bf16", source.device):
+        before = compute_loss(parts.model, source, batch)
     before.backward()
     gradients = {name: p.grad for name, p in parts.model.named_parameters() if p.requires_grad}
     parts.model.zero_grad()
-    hold_weights(parts.model, "amp_bf16")
-    after = loss_of(parts.model, batch, source, "amp_bf16")
+    cast_frozen_weights(parts.model, "amp_bf16")
+    with autocast("amp_bf16", source.device):
+        after = compute_loss(parts.model, source, batch)
     after.backward()
     assert len(seen) == 2
     assert torch.equal(before, after)

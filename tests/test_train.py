@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from open_flamingo.train import checkpoint
+from open_flamingo.train.checkpoint import files as checkpoint
+from open_flamingo.train.checkpoint.saving import FileSaver
 from open_flamingo.train.health import Health, Signals
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.train import main
@@ -44,13 +45,13 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
 def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """pytest's, but hearing our loggers, which do not pass their records on to the root."""
     logger = logging.getLogger("open_flamingo")
-    import open_flamingo.train.report as report
+    import open_flamingo.train.loop as loop
 
     def listen(rank: int) -> None:
         logger.handlers[:] = [caplog.handler]
         logger.setLevel(logging.INFO)
 
-    monkeypatch.setattr(report, "setup_logging", listen)
+    monkeypatch.setattr(loop, "setup_logging", listen)
     return caplog
 
 
@@ -219,7 +220,7 @@ def test_a_run_that_cannot_save_ends_before_the_next_save(
 def test_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
     for tied in (True, False):
         model = small_flamingo("llama", tied)
-        saver = checkpoint.FileSaver(only_newest=False)
+        saver = FileSaver(only_newest=False)
         saver.save(model, build_optimizer(model, 1e-3, 0.1), {}, tmp_path / "checkpoint_0.pt")
         saver.finish()
         weights = load(tmp_path / "checkpoint_0.pt")["model_state_dict"]
@@ -439,10 +440,10 @@ def test_a_run_that_fails_does_not_wait_for_its_workers(flags: list[str], tmp_pa
         "import atexit, multiprocessing.util, sys\n"  # who registers last is called first
         "atexit.register(lambda: print(len(multiprocessing.active_children()), 'workers left'))\n"
         "from open_flamingo.train import step, train\n"
-        "def loss_of(*_):\n"
+        "def compute_loss(*_):\n"
         "    print(len(multiprocessing.active_children()), 'workers')\n"
         "    raise RuntimeError('CUDA out of memory')\n"
-        "step.loss_of = loss_of\n"
+        "step.compute_loss = compute_loss\n"
         "train.main(sys.argv[1:])\n"
     )
     command = [sys.executable, str(program), *flags, f"--run_name={tmp_path}/run", "--workers=2"]

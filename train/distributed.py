@@ -1,16 +1,16 @@
-"""Who am I among the processes of this run, and talking to the others.
+"""Launcher detection, process-group setup and small collectives.
 
 What launched this process is read from its environment; the first of these that fits counts:
 
-1. `--horovod`: Horovod itself is asked.
-2. RANK and WORLD_SIZE: torchrun, or set by hand. First, as torchrun also runs inside SLURM jobs.
+1. RANK and WORLD_SIZE: torchrun, or set by hand. First, as torchrun also runs inside SLURM jobs.
+2. The variables of `horovodrun`.
 3. The variables of an `mpirun`: Open MPI's, MVAPICH's, Hydra's (Intel MPI, MPICH). Before SLURM, as in a SLURM job an
    mpirun starts its helpers with srun, and the ranks inherit the SLURM variables of the helpers.
 4. The variables of a SLURM job step (`srun`).
 5. None of them: one process.
 
 The ranks meet at `--dist-url`, and if that is `env://`, at MASTER_ADDR and MASTER_PORT. What of these is not set is
-derived from the launcher: see `meeting_point`.
+derived from the launcher: see `init_method`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -38,15 +38,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place in the run."""
+    """This process among those of the run.
 
-    rank: int
-    world_size: int
-    local_rank: int  # among the ranks of this node
-    device: torch.device
-    launcher: str  # what told us, in words
-    local_world_size: int = 1  # ranks of this node
-    store: dist.Store | None = None  # in which the ranks have met; None for one process
+    Attributes:
+        launcher: what started it, as in `LAUNCHERS`.
+        local_rank, local_world_size: among the ranks of this node; the latter is None where the launcher does not tell.
+        store: in which the ranks have met; None for one process.
+    """
+
+    launcher: str = "one process"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int | None = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -54,21 +60,32 @@ class World:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the launcher says. `local_world_size` is None where it does not say how many ranks this node has."""
+class GroupOptions:
+    """How the process group is made.
 
-    launcher: str
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int | None = 1
+    Attributes:
+        url: where the ranks meet; `env://` is completed: see `init_method`.
+        backend: on GPUs; on the CPU it is gloo.
+        set_device: whether a process takes the GPU of its local rank, or the first.
+        group_of_one: whether a single process gets a group, which sharding needs.
+        startup_timeout: seconds that a rank waits for the others to come.
+        timeout: seconds that it waits for them in every collective.
+    """
+
+    url: str = "env://"
+    backend: str = "nccl"
+    set_device: bool = True
+    group_of_one: bool = False
+    startup_timeout: float = 3600.0
+    timeout: float = 7200.0
 
 
 ENVIRONMENT, TORCHRUN, OPEN_MPI, SLURM, HOROVOD = "environment", "torchrun", "Open MPI", "SLURM", "Horovod"
 
 # In the order in which they are asked. Of a launcher: the variables of rank, world size, local rank, local world size.
-_VARIABLES = {
+LAUNCHERS = {
     ENVIRONMENT: ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    HOROVOD: ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     OPEN_MPI: tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "MVAPICH": tuple(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     # `srun --mpi=pmi2` sets PMI_RANK too; only Hydra adds the local rank.
@@ -77,15 +94,9 @@ _VARIABLES = {
 }
 
 
-def find_place(horovod: bool = False) -> Place:
-    """This process's place among those of the run. `horovod`: it was started by `horovodrun`.
-
-    Raises ValueError where the launcher's variables contradict each other, where Horovod is asked for but not installed,
-    and where `horovodrun` started this process but was not named.
-    """
-    if horovod:
-        return _ask_horovod()
-    for launcher, (rank_name, size_name, local_rank_name, local_size_name) in _VARIABLES.items():
+def detect_launcher() -> World:
+    """This process's ranks, read from the launcher's variables. Raises ValueError where those contradict each other."""
+    for launcher, (rank_name, size_name, local_rank_name, local_size_name) in LAUNCHERS.items():
         rank, world_size, local_rank = map(_integer, (rank_name, size_name, local_rank_name))
         if launcher == SLURM and world_size is None and os.environ.get("ENVIRONMENT") != "BATCH":
             # The number of tasks of the job. In the batch script itself they are not running: it is one process.
@@ -97,10 +108,8 @@ def find_place(horovod: bool = False) -> Place:
         local_world_size = 1 if world_size == 1 else _integer(local_size_name)
         if launcher == ENVIRONMENT and "TORCHELASTIC_RUN_ID" in os.environ:
             launcher = TORCHRUN
-        return Place(launcher, rank, world_size, local_rank or 0, local_world_size)
-    if "HOROVOD_RANK" in os.environ:
-        raise ValueError("horovodrun started this process, but --horovod is missing: each process would train alone")
-    return Place("one process")
+        return World(launcher, rank, world_size, local_rank or 0, local_world_size)
+    return World()
 
 
 def _integer(name: str | None) -> int | None:
@@ -113,53 +122,36 @@ def _integer(name: str | None) -> int | None:
         raise ValueError(f"{name}={text!r} is not a number") from None
 
 
-def _horovod() -> Any:
-    try:
-        import horovod.torch as hvd
-    except ImportError as error:
-        raise ValueError(
-            f"--horovod: Horovod cannot be imported ({error}). Install it (tests/launch/horovod.sh shows how it builds "
-            "against today's PyTorch), or start with torchrun, srun or mpirun, without --horovod"
-        ) from error
-    return hvd
-
-
-def _ask_horovod() -> Place:
-    hvd = _horovod()
-    hvd.init()
-    return Place(HOROVOD, hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
-
-
-def meeting_point(place: Place, dist_url: str) -> str:
-    """Where the ranks of `place` meet, as the `init_method` of torch.distributed.
+def init_method(world: World, dist_url: str) -> str:
+    """Where the ranks meet, as the `init_method` of torch.distributed.
 
     That is `dist_url`, unless it is `env://` and MASTER_ADDR or MASTER_PORT is not set. The one that is missing is taken from
 
     - SLURM, for its steps and for an mpirun inside one of its jobs: the first host of the node list, and a port made from
       the ids of job and step;
-    - Open MPI on a single node: this node, and a port made from the id of this mpirun.
+    - Open MPI and horovodrun on a single node: this node, and a port made from what all processes of this launch share.
 
-    Raises ValueError, saying what to export, where neither applies. Horovod's ranks agree by themselves.
+    Raises ValueError, saying what to export, where neither applies.
     """
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    env = os.environ
+    address, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     if dist_url != "env://" or (address and port):
         return dist_url
 
-    environment = os.environ
-    by_mpi = place.launcher not in (ENVIRONMENT, SLURM)
-    if place.launcher == SLURM or (by_mpi and "SLURM_JOB_NODELIST" in environment):
+    by_mpi = world.launcher not in (ENVIRONMENT, HOROVOD, SLURM)
+    if world.launcher == SLURM or (by_mpi and "SLURM_JOB_NODELIST" in env):
         # The ranks of an mpirun have inherited SLURM's variables of its helpers' steps, which are not the same for all.
-        step = {} if by_mpi else environment
-        address = address or first_host(step.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
-        within_job = step.get("SLURM_STEP_ID") or environment.get("PMIX_NAMESPACE")  # there may be several at once
-        port = port or _port(f"{environment['SLURM_JOB_ID']}.{within_job}")
-    elif place.launcher == OPEN_MPI and place.local_world_size == place.world_size:
+        step = {} if by_mpi else env
+        address = address or first_host(step.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+        within_job = step.get("SLURM_STEP_ID") or env.get("PMIX_NAMESPACE")  # there may be several at once
+        port = port or _port(f"{env['SLURM_JOB_ID']}.{within_job}")
+    elif world.launcher in (OPEN_MPI, HOROVOD) and world.local_world_size == world.world_size:
         address = address or "127.0.0.1"
-        port = port or _port(environment.get("PMIX_NAMESPACE", ""))
+        port = port or _port(env.get("PMIX_NAMESPACE", env.get("HOROVOD_GLOO_RENDEZVOUS_PORT", "")))
     else:
-        missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name))
+        missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name))
         raise ValueError(
-            f"{place.launcher}: {place.world_size} processes, but {missing} not set. Export the address of rank 0's node "
+            f"{world.launcher}: {world.world_size} processes, but {missing} not set. Export the address of rank 0's node "
             "and a free port to all processes (mpirun: -x MASTER_ADDR -x MASTER_PORT), or pass "
             "--dist-url tcp://<address>:<port>"
         )
@@ -169,7 +161,7 @@ def meeting_point(place: Place, dist_url: str) -> str:
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list: "gpu[007-009,12],login1" → "gpu007".
 
-    As `scontrol show hostnames` has it, which containers often lack.
+    As `scontrol show hostnames` prints it, which containers often lack.
     """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
     assert first is not None
@@ -181,122 +173,82 @@ def _port(name: str) -> str:
     return str(12_000 + zlib.crc32(name.encode()) % 20_000)
 
 
-def _meet_through_horovod(place: Place) -> dist.Store:
-    """A store on rank 0, on a port that was free there, which Horovod's broadcast tells to the other ranks."""
-    hvd = _horovod()
-    one_node = place.local_world_size == place.world_size
-    # The name under which horovodrun itself has reached this node.
-    host = "127.0.0.1" if one_node else os.environ.get("HOROVOD_HOSTNAME", socket.gethostname())
-    store = _open_store(host, place) if place.rank == 0 else None
-    host, port = hvd.broadcast_object((host, store.port) if store else None, root_rank=0, name="meeting point")
-    log.info("Horovod: %d processes meet at %s:%d", place.world_size, host, port)
-    return store or dist.TCPStore(host, port, place.world_size, is_master=False)
-
-
-def _open_store(host: str, place: Place) -> dist.TCPStore:
-    return dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False)
-
-
-def _meet_through_torchrun(place: Place, timeout: timedelta) -> dist.Store:
+def _torchrun_store(world: World, timeout: timedelta) -> dist.Store:
     """A store on rank 0, on a port that was free there, which torchrun's store tells to the other ranks.
 
     Torchrun's own store outlives a restart of the ranks, and with it the addresses at which those before listened; ranks
-    that find these first fail to connect, or wait for ever (seen with gloo and torch 2.15).
+    that find these first fail to connect, or wait forever (seen with gloo and torch 2.15).
     """
-    theirs, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
-    if place.rank == 0:
-        store = _open_store(os.environ["MASTER_ADDR"], place)
-        theirs.set(_MEETING_POINT, json.dumps([store.host, store.port]))
-        log.info("torchrun: %d processes meet at %s:%d", place.world_size, store.host, store.port)
+    agent_store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
+    key = "open_flamingo/store"
+    if world.rank == 0:
+        host = os.environ["MASTER_ADDR"]
+        store = dist.TCPStore(host, 0, world.world_size, is_master=True, wait_for_workers=False)
+        agent_store.set(key, json.dumps([host, store.port]))
+        log.info("torchrun: %d processes meet at %s:%d", world.world_size, host, store.port)
         return store
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
-        host, port = json.loads(theirs.get(_MEETING_POINT))
+        host, port = json.loads(agent_store.get(key))
         try:
-            store = dist.TCPStore(host, port, place.world_size, is_master=False, timeout=timedelta(seconds=3))
+            store = dist.TCPStore(host, port, world.world_size, is_master=False, timeout=timedelta(seconds=3))
             store.set_timeout(timeout)
             return store
-        except dist.DistError:  # of before a restart, whose rank 0 is gone: that of now will tell its own
+        except dist.DistError:  # written before a restart; rank 0 is about to write the new address
             if time.monotonic() > deadline:
                 raise
 
 
-_MEETING_POINT = "open_flamingo/meeting_point"
+def _store(world: World, options: GroupOptions) -> dist.Store:
+    timeout = timedelta(seconds=options.startup_timeout)
+    if world.world_size == 1:
+        return dist.HashStore()
+    if world.launcher == TORCHRUN and options.url == "env://":
+        return _torchrun_store(world, timeout)
+    url = init_method(world, options.url)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if url == "env://" else url
+    log.info("%s: %d processes meet at %s", world.launcher, world.world_size, address)
+    return next(dist.rendezvous(url, world.rank, world.world_size, timeout=timeout))[0]
 
 
-def _device(place: Place, set_device: bool) -> torch.device:
+def _device(world: World, set_device: bool) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     # A launcher that gives each process one GPU (`srun --gpus-per-task=1`) shows it as number 0.
-    index = place.local_rank if set_device and visible > 1 else 0
+    index = world.local_rank if set_device and visible > 1 else 0
     if index >= visible:
         raise ValueError(
             f"process {index} of {socket.gethostname()} has no GPU: {visible} are visible. Start at most {visible} "
-            "processes a node"
+            "processes per node"
         )
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
-def _in_words(url: str) -> str:
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if url == "env://" else url
-
-
 @contextmanager
-def distributed(
-    place: Place,
-    dist_url: str,
-    backend: str,
-    set_device: bool = True,
-    group_of_one: bool = False,
-    startup_timeout: float = 3600,
-    timeout: float = 7200,
-) -> Iterator[World]:
-    """Joins the process group of the run for the length of the `with`.
-
-    Args:
-        place: see `find_place`.
-        dist_url: where the ranks meet; `env://` is completed: see `meeting_point`.
-        backend: of the process group on GPUs; on the CPU it is gloo.
-        set_device: whether a process takes the GPU of its local rank, or the first.
-        group_of_one: whether a single process gets a group, which sharding needs. Otherwise it has none.
-        startup_timeout: seconds that a rank waits here for the others to come.
-        timeout: seconds that it waits for them in every collective.
+def distributed(world: World, options: GroupOptions | None = None) -> Iterator[World]:
+    """Joins the process group of the run for the length of the `with`; gives `world` with its device and store.
 
     Raises ValueError where there is no meeting point, or no GPU for this process.
     """
-    device = _device(place, set_device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if place.world_size == 1 and not group_of_one:
-        yield World(0, 1, place.local_rank, device, place.launcher)
+    options = options or GroupOptions()
+    world = replace(world, device=_device(world, options.set_device))
+    if world.world_size == 1 and not options.group_of_one:
+        yield world
         return
-
-    store: dist.Store
-    if place.world_size == 1:
-        store = dist.HashStore()
-    elif place.launcher == HOROVOD and dist_url == "env://":
-        store = _meet_through_horovod(place)
-    elif place.launcher == TORCHRUN and dist_url == "env://":
-        store = _meet_through_torchrun(place, timedelta(seconds=startup_timeout))
-    else:
-        url = meeting_point(place, dist_url)
-        log.info("%s: %d processes meet at %s", place.launcher, place.world_size, _in_words(url))
-        patience = timedelta(seconds=startup_timeout)
-        store, _, _ = next(dist.rendezvous(url, place.rank, place.world_size, timeout=patience))
+    store = _store(world, options)
+    on_gpu = world.device.type == "cuda"
     dist.init_process_group(
-        backend=backend if device.type == "cuda" else "gloo",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(seconds=timeout),
-        device_id=device if device.type == "cuda" and backend == "nccl" else None,
+        backend=options.backend if on_gpu else "gloo",
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=options.timeout),
+        device_id=world.device if on_gpu and options.backend == "nccl" else None,
         store=dist.PrefixStore("process group", store),
     )
-    if place.launcher == HOROVOD:
-        _horovod().shutdown()  # from here on torch.distributed does what its threads would wait for
     try:
-        local_world_size = place.local_world_size or ranks_of_node()
-        yield World(place.rank, place.world_size, place.local_rank, device, place.launcher, local_world_size, store)
+        yield replace(world, local_world_size=world.local_world_size or ranks_of_node(), store=store)
     finally:
         dist.destroy_process_group()
 
@@ -310,7 +262,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def on_main(function: Callable[..., T], *args: Any) -> T:
+def run_on_rank0(function: Callable[..., T], *args: Any) -> T:
     """What `function(*args)` returns on rank 0, on every rank. A ValueError there is raised on every rank."""
     if not dist.is_initialized():
         return function(*args)
@@ -332,8 +284,8 @@ def ranks_of_node() -> int:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Ends on every rank as on each: a ValueError or OSError of one rank is raised on all, so that none waits for it."""
+def raise_on_all_ranks() -> Iterator[None]:
+    """Re-raises a ValueError or OSError of any rank on all ranks, so that none is left waiting for it."""
     error: ValueError | OSError | None = None
     try:
         yield

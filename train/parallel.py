@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied, input_embedding
 from open_flamingo.train.distributed import World
 from open_flamingo.train.precision import autocast
+
+log = logging.getLogger(__name__)
 
 # torch 2.13 renamed the argument.
 _SYNC_BUFFERS = (
@@ -45,6 +49,17 @@ class Sharding:
     shard_frozen: bool = True
 
 
+def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | None:
+    """How FSDP spreads the model, None without --fsdp."""
+    if not args.fsdp:
+        return None
+    if args.fsdp_use_orig_params:
+        log.info("--fsdp_use_orig_params: always so")
+    assert world.local_world_size is not None
+    size = shard_size(args.fsdp_sharding_strategy, args.fsdp_shard_size, world.world_size, world.local_world_size)
+    return Sharding(size, shard_frozen=args.fsdp_frozen == "shard")
+
+
 def shard_size(strategy: str, given: int | None, world_size: int, ranks_of_node: int) -> int:
     """The ranks that share one copy of the model: all (`full`), or those of a node (`hybrid`), or as `given`.
 
@@ -59,7 +74,7 @@ def shard_size(strategy: str, given: int | None, world_size: int, ranks_of_node:
     return size
 
 
-def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
+def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
     """Puts `model` on the device, the same on every rank, and wraps it: DDP, or FSDP if there is a `sharding`.
 
     Weights come from rank 0; on the other ranks the model may be on the meta device. They are sent, and sharded, unit
@@ -68,7 +83,7 @@ def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None)
     A single process needs no wrapper, unless it is to be sharded.
     """
     if sharding is None:
-        place(model, model, world)
+        broadcast_from_rank0(model, model, world)
         if world.world_size == 1:
             return model
         # Measured by benchmarks/buckets.py, two ranks over gloo, 144 MB of gradients: an update takes 2.30 to 2.48 s with buckets
@@ -95,7 +110,7 @@ def parallelise(model: Flamingo, world: World, sharding: Sharding | None = None)
     uses = Counter(parameter for unit in inner for parameter in unit.parameters())
     shared = {owner for unit in inner for owner, parameter in _owners(unit).items() if uses[parameter] > 1}
     for unit in (*inner, root):
-        place(unit, model, world, placed)
+        broadcast_from_rank0(unit, model, world, placed)
         ignored = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
         if unit is not root:
             ignored |= {owned for owner, owned in _owners(unit).items() if owner in shared}
@@ -135,7 +150,7 @@ def _repeated_blocks(tower: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def place(unit: nn.Module, model: nn.Module, world: World, done: set[int] | None = None) -> None:
+def broadcast_from_rank0(unit: nn.Module, model: nn.Module, world: World, done: set[int] | None = None) -> None:
     """Puts the parameters and buffers of `unit` on the device, as they are on rank 0, wherever `model` uses them.
 
     What is sharded already stays as it is, and tied parameters stay tied.
@@ -163,8 +178,8 @@ def place(unit: nn.Module, model: nn.Module, world: World, done: set[int] | None
                     owned[name] = placed[id(owned[name])]
 
 
-def made_up_sample(image: Tensor, media_token_id: int, eoc_token_id: int) -> dict[str, Tensor]:
-    """The smallest sample that reaches every trained parameter, for `rehearse` and `synchronise`.
+def dummy_batch(image: Tensor, media_token_id: int, eoc_token_id: int) -> dict[str, Tensor]:
+    """The smallest batch that reaches every trained parameter, for `warm_up_ddp` and `reduce_gradients`.
 
     Args:
         image: float32 [3, H, W], as the vision encoder takes them.
@@ -173,47 +188,53 @@ def made_up_sample(image: Tensor, media_token_id: int, eoc_token_id: int) -> dic
     return {"vision_x": image[None, None, None], "lang_x": tokens, "labels": tokens}
 
 
-def synchronise(model: nn.Module, sample: dict[str, Tensor], precision: str = "fp32") -> None:
-    """Averages the gradients over the ranks as they are: one pass over a made-up sample whose own gradients are 0.
+def reduce_gradients(model: nn.Module, batch: dict[str, Tensor], precision: str = "fp32") -> None:
+    """Averages the gradients over the ranks as they are: one pass over a dummy batch whose own gradients are 0.
 
     For when the pass that should have averaged them is left out: DDP and FSDP do it within backward passes only.
     """
     if not isinstance(model, (DistributedDataParallel, FSDPModule)):
         return
     device = next(model.parameters()).device
-    with gradient_sync(model, synchronise=True):
+    with gradient_sync(model, enabled=True):
         with autocast(precision, device):
-            inputs = {name: value if name == "labels" else value.to(device) for name, value in sample.items()}
+            inputs = {name: value if name == "labels" else value.to(device) for name, value in batch.items()}
             loss = model(**inputs).loss
         (0 * loss).backward()
 
 
-def rehearse(model: nn.Module, sample: dict[str, Tensor], precision: str = "fp32") -> None:
+def warm_up_ddp(model: nn.Module, batch: dict[str, Tensor], precision: str = "fp32") -> None:
     """Call it once, before the first update: a backward pass whose gradients are thrown away.
 
-    After its first backward pass, DDP lays its buckets out anew, in the order in which the gradients came. With more
+    After its first backward pass, DDP lays its buckets out again, in the order in which the gradients came. With more
     than two ranks, the layout decides in which order gradients are added up; so without this, the first update after
     a resume would differ in its last bits from the same update of a run that was not stopped.
     """
     if isinstance(model, DistributedDataParallel):
-        synchronise(model, sample, precision)
+        reduce_gradients(model, batch, precision)
         model.zero_grad(set_to_none=True)
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, synchronise: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """The context of one forward *and* backward pass: whether this backward averages the gradients over the ranks.
 
     DDP decides in forward, so the context must cover both.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(synchronise)
+        model.set_requires_gradient_sync(enabled)
         yield
-    elif isinstance(model, DistributedDataParallel) and not synchronise:
+    elif isinstance(model, DistributedDataParallel) and not enabled:
         with model.no_sync():
             yield
     else:
         yield
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """`tensor`, detached; gathered from all ranks if it is sharded over them, in which case every rank must call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_compiler(device: torch.device) -> None:
@@ -240,7 +261,7 @@ def compile_blocks(model: Flamingo) -> None:
     long for 48 layers as for one. Parameter names stay. Everything is compiled for any number of rows, tokens and images
     from the start (dynamic shapes), but for those of which there is one, which are compiled for once more.
 
-    Call it after `parallelise` and `rehearse`: the rehearsal's one row would be compiled for, and never be seen again.
+    Call it after `parallelize` and `warm_up_ddp`: the warm-up's one row would be compiled for, and never be seen again.
     """
     # By default, graphs compiled within DDP's forward are split where its buckets end. Blocks are smaller than that.
     torch._dynamo.config.optimize_ddp = False

@@ -1,6 +1,6 @@
 """What is computed, and held, in which precision.
 
-| --precision | products | frozen matrices | what is trained, and the optimiser's state |
+| --precision | products | frozen matrices | what is trained, and the optimizer's state |
 |---|---|---|---|
 | fp32 | float32 | float32 | float32 |
 | amp_bf16 | bfloat16 | bfloat16 | float32 |
@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import output_head
-from open_flamingo.train.optimizer import clipped_step
 
 # What autocast computes products in. (bf16 has no autocast: there, everything is in it to begin with.)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -30,11 +29,10 @@ _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16":
 # those in float32.
 _MATRIX_LAYERS = (nn.Linear, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
+# Of the loss scale: where it starts, and after how many updates without an overflow it doubles. torch.amp's values.
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
-"""Of the loss scale: where it starts, and after how many updates without an overflow it doubles. torch.amp's values."""
-SCALE_RANGE = (2.0**-16, 2.0**32)
-"""Beyond these it helps nobody, and could reach 0 or infinity, from which it would not come back."""
+SCALE_RANGE = (2.0**-16, 2.0**32)  # at 0 or infinity it would stay
 
 
 def choose_kernels(deterministic: bool) -> None:
@@ -53,10 +51,10 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def hold_weights(model: Flamingo, precision: str) -> None:
-    """Converts the weights of `model`, in place, to what `precision` holds them in.
+def cast_frozen_weights(model: Flamingo, precision: str) -> None:
+    """Casts the weights of `model`, in place, to what `precision` holds them in.
 
-    Under autocast, that is the frozen matrices. A matrix that is also used in another way (an output head tied to the
+    Under autocast, only frozen matrices are cast. A matrix that is also used in another way (an output head tied to the
     embeddings) stays as it is, and so does the output head, since checkpoints hold it.
     """
     if precision == "bf16":
@@ -107,27 +105,15 @@ class LossScaler:
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, scaled_norm: Tensor, max_norm: float) -> Tensor:
-        """An optimiser step on gradients that are still scaled: they are unscaled, clipped to `max_norm` and applied in
-        one pass. Changes neither weights nor optimiser state where `scaled_norm` is not finite.
-
-        Args:
-            optimizer: a fused one of torch's.
-            scaled_norm: of all gradients together, float32 [], the same on every rank.
-
-        Returns:
-            the norm of the unscaled gradients, before clipping, float32 [].
-        """
-        norm = scaled_norm.float() / self.scale
+    def update(self, norm: Tensor) -> None:
+        """After an update, whose unscaled gradients had this norm, float32 []."""
         overflow = ~norm.isfinite()
-        clipped_step(optimizer, norm, max_norm, self.scale)
         good_updates = self.good_updates + 1
         grown = good_updates >= GROWTH_INTERVAL
         factor = torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))
         self.scale.mul_(factor).clamp_(*SCALE_RANGE)
         self.good_updates.copy_(torch.where(overflow | grown, 0, good_updates))
         self.skipped.add_(overflow)
-        return norm
 
     def state_dict(self) -> dict[str, float | int]:
         """Waits for the device."""

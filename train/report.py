@@ -1,7 +1,8 @@
-"""What the user sees: console, metrics.jsonl, Weights & Biases, TensorBoard. All of it comes from rank 0 alone."""
+"""Console, metrics.jsonl, Weights & Biases and TensorBoard, all from rank 0."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from open_flamingo.train.data.loader import DataOptions
+from open_flamingo.train.atomic import atomic_write
+from open_flamingo.train.checkpoint.resume import TrainState
+from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.distributed import World, gather_objects
-from open_flamingo.train.resume import Plan
-from open_flamingo.train.step import Source
+from open_flamingo.train.health import Health
+from open_flamingo.train.step import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +32,20 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT = 20.0
 
 
-class _AboveTheBar(logging.Handler):
-    """Writes to stderr without breaking a progress bar that is there."""
+class _TqdmHandler(logging.Handler):
+    """Writes to stderr, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
-        except Exception:  # a full disk, a closed terminal: as the handlers of Python take it
+        except Exception:  # a full disk, a closed terminal: as Python's handlers do
             self.handleError(record)
 
 
 def setup_logging(rank: int) -> None:
-    """Log lines on stderr, above the progress bar; other ranks than 0 speak only of errors, and say who they are."""
-    handler = _AboveTheBar()
+    """Log lines on stderr, above the progress bar; other ranks than 0 log only errors, with their number."""
+    handler = _TqdmHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     root = logging.getLogger("open_flamingo")
@@ -59,62 +61,49 @@ def count_line(counts: Mapping[str, int]) -> str:
 _PARTS = {"vision_encoder": "vision encoder", "perceiver": "resampler", "lang_encoder": "language model"}
 
 
-def describe(
-    world: World,
-    model: nn.Module,
-    plan: Plan,
-    options: dict[str, DataOptions],
-    step: int,
-    precision: str,
-    folder: str,
-) -> None:
-    """Says at the start what will happen."""
-    log.info("%s: %d x %s, %s", world.launcher, world.world_size, world.device.type, precision)
+def describe(state: TrainState, options: dict[str, DataOptions], step: int) -> None:
+    """Logs at the start what will happen. `step`: updates done."""
+    world, plan = state.world, state.plan
+    log.info("%s: %d x %s, %s", world.launcher, world.world_size, world.device.type, state.args.precision)
     for title, trained in (("trained", True), ("frozen", False)):
-        parts: dict[str, int] = {}
-        for name, parameter in model.named_parameters():
+        parts: Counter[str] = Counter()
+        for name, parameter in state.model.named_parameters():
             if parameter.requires_grad == trained:
                 part = "gated cross-attention" if "gated_cross_attn" in name else _PARTS.get(name.split(".")[0], name)
-                part = "new token rows" if trained and part == "language model" else part
-                parts[part] = parts.get(part, 0) + parameter.numel()
+                parts["new token rows" if trained and part == "language model" else part] += parameter.numel()
         each = ", ".join(f"{part} {count:,}" for part, count in parts.items())
-        log.info("%s parameters: %s (%s)", title, f"{sum(parts.values()):,}", each)
+        log.info("%s parameters: %s (%s)", title, f"{parts.total():,}", each)
     for kind, option in options.items():
         log.info(
-            "%s: %d shards, %d samples a rank and batch, %d an update, %d loader processes a rank",
-            kind,
-            len(option.shards),
-            option.batch_size,
-            plan.samples_per_update[kind],
-            option.workers,
+            "%s: %d shards, %d samples per rank and batch, %d per update, %d loader processes per rank",
+            *(kind, len(option.shards), option.batch_size, plan.samples_per_update[kind], option.workers),
         )
     log.info(
         "%d epochs of %d updates, %d done; %d lanes; output in %s",
-        plan.num_epochs,
-        plan.updates_per_epoch,
-        step,
-        next(iter(options.values())).lanes,
-        folder,
+        *(plan.num_epochs, plan.updates_per_epoch, step, state.lanes, state.args.run_name),
     )
 
 
 def measure(
-    world: World, sources: list[Source], gradient_norm: torch.Tensor | None, learning_rate: float, seconds: float
+    trainer: Trainer, world: World, health: Health, gradient_norm: torch.Tensor | None, seconds: float
 ) -> dict[str, Any]:
     """The values of a log line, of the `seconds` since the last one; None for what is not finite, or was left out."""
-    waited = sum(source.seconds_waited for source in sources)
-    ranks = gather_objects((waited, {source.kind: (source.dropped, source.errors) for source in sources}))
-    values: dict[str, Any] = {
-        "lr": learning_rate,
-        "grad_norm": None if gradient_norm is None else _finite(gradient_norm.item()),
-    }
+    datasets = trainer.datasets
+    waited = sum(dataset.seconds_waited for dataset in datasets)
+    ranks = gather_objects((waited, {dataset.kind: (dataset.dropped, dataset.errors) for dataset in datasets}))
+    values: dict[str, Any] = {"grad_norm": None if gradient_norm is None else _finite(gradient_norm.item())}
     values["data_wait"] = max(waited for waited, _ in ranks) / seconds  # all wait for the slowest
-    for source in sources:
-        values[f"loss_{source.kind}"] = source.loss / source.forwards if source.forwards else None
-        values[f"samples_per_second_{source.kind}"] = source.samples * world.world_size / seconds
-        values[f"dropped_{source.kind}"] = dict(sum((counts[source.kind][0] for _, counts in ranks), Counter()))
-        values[f"errors_{source.kind}"] = dict(sum((counts[source.kind][1] for _, counts in ranks), Counter()))
-        source.reset()
+    for dataset in datasets:
+        kind = dataset.kind
+        values[f"loss_{kind}"] = dataset.loss / dataset.forwards if dataset.forwards else None
+        values[f"samples_per_second_{kind}"] = dataset.samples * world.world_size / seconds
+        values[f"dropped_{kind}"] = dict(sum((counts[kind][0] for _, counts in ranks), Counter()))
+        values[f"errors_{kind}"] = dict(sum((counts[kind][1] for _, counts in ranks), Counter()))
+        values[f"bad_batches_{kind}"] = health.bad_batches[kind]
+        dataset.reset()
+    if trainer.scaler is not None:
+        scaling = trainer.scaler.state_dict()
+        values |= {"grad_scale": scaling["scale"], "updates_skipped": scaling["skipped"]}
     return values
 
 
@@ -127,43 +116,30 @@ def _number(value: float | None, form: str) -> str:
 
 
 class Reporter:
-    """Rank 0's voice. Other ranks make one too; it stays silent.
+    """Logs to console, metrics.jsonl, W&B and TensorBoard. Does nothing on other ranks than 0.
 
     Args:
         active: whether this is rank 0.
-        folder: the run's folder.
         step, total_steps: updates done before and at the end of this run.
-        flags: recorded with the run.
     """
 
-    def __init__(
-        self,
-        active: bool,
-        folder: Path,
-        step: int,
-        total_steps: int,
-        flags: Mapping[str, Any],
-        tensorboard: bool = False,
-        wandb: bool = False,
-        wandb_project: str | None = None,
-        wandb_entity: str | None = None,
-        offline: bool = False,
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, active: bool, step: int, total_steps: int) -> None:
         self._active = active
-        self._folder = folder
         self._total_steps = total_steps
         self._metrics = self._tensorboard = self._wandb = None
+        self._uploads = args.save_checkpoints_to_wandb
         self._bar: tqdm | None = None
         if not active:
             return
+        folder = Path(args.run_name)
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = _metrics_file(folder / "metrics.jsonl", step)
-        if tensorboard:
+        if args.report_to_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if wandb:
-            self._wandb = _start_wandb(folder, wandb_project, wandb_entity, offline, flags)
+        if args.report_to_wandb:
+            self._wandb = _start_wandb(args, folder)
         # A bar only where somebody watches; a log file gets the log lines.
         self._bar = tqdm(
             total=total_steps,
@@ -177,7 +153,7 @@ class Reporter:
     def advance(self) -> None:
         """One update is done."""
         if self._bar is not None:
-            self._tell("the progress bar", self._bar.update)
+            self._try("the progress bar", self._bar.update)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """One log line of `values` (numbers, or counts by reason), and the same to every other place."""
@@ -185,7 +161,7 @@ class Reporter:
             return
         line = {"step": step, **values}
         assert self._metrics is not None
-        self._tell("metrics.jsonl", self._metrics.write, json.dumps(line).encode() + b"\n")
+        self._try("metrics.jsonl", self._metrics.write, json.dumps(line).encode() + b"\n")
         progress, counts = self._describe(line)
         left = f"left {timedelta(seconds=round(line['seconds_left']))}"
         log.info("%s", " | ".join([f"step {step:,}/{self._total_steps:,}", *progress, left, *counts]))
@@ -197,15 +173,15 @@ class Reporter:
                 numbers |= {f"{name}/{reason}": count for reason, count in counts.items()}
         if self._tensorboard is not None:
             for name, value in numbers.items():
-                self._tell("TensorBoard", self._tensorboard.add_scalar, name, value, step)
+                self._try("TensorBoard", self._tensorboard.add_scalar, name, value, step)
         if self._wandb is not None:
-            self._tell("W&B", self._wandb.log, numbers)
+            self._try("W&B", self._wandb.log, numbers)
 
     @staticmethod
-    def _tell(where: str, tell: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Training matters more than what is told of it: of no room, or a service that died, there is a warning."""
+    def _try(where: str, write: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Reporting failures are logged, never raised."""
         try:
-            tell(*args, **options)
+            write(*args, **options)
         except Exception as error:
             log.warning("%s cannot be written to: %s: %s", where, type(error).__name__, error)
 
@@ -231,20 +207,20 @@ class Reporter:
         return progress, counts
 
     def upload(self, path: Path) -> None:
-        """Sends the checkpoint at `path` to W&B."""
-        if self._wandb is not None:
-            self._tell("W&B", self._wandb.save, str(path), base_path=str(path.parent), policy="now")
+        """Sends the checkpoint at `path` to W&B, if --save_checkpoints_to_wandb asks for it."""
+        if self._wandb is not None and self._uploads:
+            self._try("W&B", self._wandb.save, str(path), base_path=str(path.parent), policy="now")
 
     def close(self, exit_code: int = 0) -> None:
         """Writes what is still to be written, and waits for it. `exit_code`: of the run, for W&B."""
         if self._bar is not None:
-            self._tell("the progress bar", self._bar.close)
+            self._try("the progress bar", self._bar.close)
         if self._metrics is not None:
-            self._tell("metrics.jsonl", self._metrics.close)
+            self._try("metrics.jsonl", self._metrics.close)
         if self._tensorboard is not None:
-            self._tell("TensorBoard", self._tensorboard.close)
+            self._try("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
-            self._tell("W&B", self._wandb.finish, exit_code)
+            self._try("W&B", self._wandb.finish, exit_code)
         self._active, self._bar, self._metrics, self._tensorboard, self._wandb = False, None, None, None, None
 
     def close_after_error(self) -> None:
@@ -255,18 +231,16 @@ class Reporter:
 
 
 def _metrics_file(path: Path, step: int) -> Any:
-    """`path`, open for appending, without the lines of updates after `step`: those are about to be done again."""
+    """`path`, open for appending, without the lines of updates after `step`: those will be logged again."""
     kept = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                if json.loads(text)["step"] <= step:
-                    kept.append(text)
-            except (ValueError, KeyError):
-                continue  # a line that a killed run did not finish
-    beside = path.with_suffix(".new")
-    beside.write_text("".join(f"{text}\n" for text in kept))
-    os.replace(beside, path)
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a partial line of a killed run
+    with atomic_write(path) as file:
+        file.write("".join(kept).encode())
     return path.open("ab", buffering=0)  # what cannot be written is lost, not kept for the next attempt
 
 
@@ -280,28 +254,17 @@ def log_in_to_wandb() -> None:
         raise ValueError(f"--report_to_wandb: {error} Or set WANDB_API_KEY, or --offline") from error
 
 
-def _start_wandb(folder: Path, project: str | None, entity: str | None, offline: bool, flags: Mapping[str, Any]) -> Any:
+def _start_wandb(args: argparse.Namespace, folder: Path) -> Any:
     import wandb
 
     # The same W&B run goes on when this one is started again.
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-
-    def start(mode: str | None) -> Any:
-        return wandb.init(
-            project=project,
-            entity=entity,
-            name=folder.name,
-            id=id_file.read_text().strip(),
-            resume=None if mode == "offline" else "allow",
-            mode=mode,  # type: ignore[arg-type]
-            dir=str(folder),
-            config=dict(flags),
-        )
-
+    options: dict[str, Any] = {"project": args.wandb_project, "entity": args.wandb_entity, "name": folder.name}
+    options |= {"id": id_file.read_text().strip(), "dir": str(folder), "config": vars(args)}
     try:
-        run = start("offline" if offline else None)
+        run = wandb.init(mode="offline", **options) if args.offline else wandb.init(resume="allow", **options)
     except wandb.errors.AuthenticationError as error:
         raise ValueError(f"--report_to_wandb: {error}") from error
     except wandb.errors.CommError as error:  # what a scheduler starts again must not depend on a service
@@ -309,7 +272,7 @@ def _start_wandb(folder: Path, project: str | None, entity: str | None, offline:
         # The attempt still holds the id, also in a service that another process has started.
         wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)
-        run = start("offline")
+        run = wandb.init(mode="offline", **options)
     # By its own count of steps, W&B refuses those that a run does again after it has gone back.
     run.define_metric("*", step_metric="step")
     return run

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from open_flamingo.loss import labelled_positions
-from open_flamingo.train import checkpoint as checkpoints
-from open_flamingo.train.distributed import distributed, find_place
+from open_flamingo.loss import labeled_positions
+from open_flamingo.train.checkpoint import files as checkpoints
+from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
 from open_flamingo.train.health import Health
 from open_flamingo.train.optimizer import build_optimizer
-from open_flamingo.train.parallel import parallelise
-from open_flamingo.train.precision import autocast, hold_weights
+from open_flamingo.train.parallel import parallelize
+from open_flamingo.train.precision import autocast, cast_frozen_weights
 from open_flamingo.train.train import main
 from tests import families
 from tests.tiny import ROOT, assert_same, torchrun
@@ -36,13 +36,13 @@ PRECISIONS = {"fp32": 1e-4, "amp_bf16": 3e-2, "fp16": 2e-2, "bf16": 8e-2}
 
 def loss_and_gradient(family: str, device: torch.device, precision: str, **how: Any) -> tuple[float, Tensor]:
     model = families.flamingo(families.language_model(family, tied=True), **how).train()
-    hold_weights(model, precision)
+    cast_frozen_weights(model, precision)
     model.to(device)
     token_ids, _, labels = families.text()
     counts = (token_ids == families.IMAGE).sum(1).tolist()
     images = families.images(len(token_ids), max(counts)).to(device)
     with autocast(precision, device):
-        positions = labelled_positions(labels, device)
+        positions = labeled_positions(labels, device)
         loss = model(images, token_ids.to(device), labels=positions, image_counts=counts).loss
     loss.backward()
     gradients = [p.grad.flatten().double().cpu() for p in model.parameters() if p.requires_grad and p.grad is not None]
@@ -69,14 +69,14 @@ def test_one_rank_of_ddp_computes_what_one_process_does(device: torch.device) ->
     losses = []
     for wrapped in (False, True):
         model = families.flamingo(families.language_model("mpt", tied=True)).train()
-        with distributed(find_place(), "env://", "nccl", group_of_one=True) as world:
-            parallel = parallelise(model, world)
-            if wrapped:  # `parallelise` wraps nothing where there is one process
+        with distributed(detect_launcher(), GroupOptions(group_of_one=True)) as world:
+            parallel = parallelize(model, world)
+            if wrapped:  # `parallelize` wraps nothing where there is one process
                 parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
             optimizer = build_optimizer(model, 1e-2, 0.1)
             for _ in range(3):
                 images = families.images(len(token_ids), max(counts)).to(world.device)
-                positions = labelled_positions(labels, world.device)
+                positions = labeled_positions(labels, world.device)
                 loss = parallel(images, token_ids.to(world.device), labels=positions, image_counts=counts).loss
                 loss.backward()
                 optimizer.step()
@@ -198,4 +198,4 @@ def test_a_rank_that_dies_or_hangs_under_nccl_is_named(
     os.kill(int(victim), number)
     output, _ = process.communicate()
     assert process.returncode != 0
-    assert re.search(rf"Rank 1 \(\S+, pid {victim}\) has died or hangs", output), output
+    assert re.search(rf"Rank 1 \(\S+, pid {victim}\) died or hung", output), output

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict
 
-from open_flamingo.train.distributed import distributed, find_place, gather_objects
+from open_flamingo.train.distributed import detect_launcher, distributed, gather_objects
 
 
 def main() -> None:
-    place = find_place(horovod="--horovod" in sys.argv)
-    with distributed(place, "env://", "nccl") as world:
+    found = detect_launcher()
+    with distributed(found) as world:
         ranks = gather_objects([world.rank, world.local_rank, world.local_world_size])
         if world.is_main:
-            print("found", json.dumps({**asdict(place), "ranks": ranks}), flush=True)
+            ours = (found.launcher, found.rank, found.world_size, found.local_rank, found.local_world_size)
+            names = ("launcher", "rank", "world_size", "local_rank", "local_world_size")
+            print("found", json.dumps({**dict(zip(names, ours)), "ranks": ranks}), flush=True)
 
 
 if __name__ == "__main__":

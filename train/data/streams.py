@@ -1,4 +1,4 @@
-"""A shard's URL → its bytes, decompressed. What stalls or fails is an OSError or EOFError, and little memory is ever taken."""
+"""A shard's URL → its bytes, decompressed. What stalls or fails is an OSError or EOFError."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import IO, Any
@@ -19,11 +18,7 @@ import webdataset as wds
 STALL = 120.0
 # What may follow a tar's end in a pipe. Some write archives end to end; one that never ends must not be read for ever.
 MAX_REST = 64 << 20
-# `xz -9` needs 65 MB; a header can ask for 4 GB.
-MAX_XZ_MEMORY = 256 << 20
 CHUNK = 1 << 16
-
-GZIP, BZIP2, XZ, LZMA = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80"
 
 
 class ShardStream(io.RawIOBase):
@@ -50,26 +45,11 @@ class ShardStream(io.RawIOBase):
         # webdataset's own `read` looks at the command's status each time, and raises even if there is more to read: how much
         # would be seen of a shard depended on who is faster. Here it is asked once, at the end.
         self._file: IO[bytes] = getattr(self._stream, "stream", self._stream)
-        self._unread = b""
-
-    def begin(self) -> bytes:
-        """The first bytes, which are still to be read."""
-        while len(self._unread) < len(XZ):
-            self._wait()
-            data = self._file.read(len(XZ) - len(self._unread))
-            if not data:
-                break
-            self._unread += data
-        return self._unread
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._unread:
-            length = min(len(buffer), len(self._unread))
-            buffer[:length], self._unread = self._unread[:length], self._unread[length:]
-            return length
         self._wait()
         return self._file.readinto(buffer)  # type: ignore[attr-defined]
 
@@ -119,49 +99,17 @@ class ShardStream(io.RawIOBase):
         self._process.wait()
 
 
-class _Decompressed(io.RawIOBase):
-    """What `stream` holds, never more of it at a time than is asked for; `new` makes a decompressor of bz2's or lzma's kind."""
-
-    def __init__(self, stream: IO[bytes], new: Callable[[], Any]) -> None:
-        self._stream = stream
-        self._new = new
-        self._decompressor = new()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            data = b""
-            if self._decompressor.eof:  # another one may follow
-                data = self._decompressor.unused_data or self._stream.read(CHUNK)
-                if not data:
-                    return 0
-                self._decompressor = self._new()
-            elif self._decompressor.needs_input:
-                data = self._stream.read(CHUNK)
-                if not data:
-                    raise EOFError("compressed data is cut off")
-            result = self._decompressor.decompress(data, len(buffer))
-            if result:
-                buffer[: len(result)] = result
-                return len(result)
-
-
 def decompressed(stream: ShardStream) -> IO[bytes]:
     """`stream`, buffered, and decompressed if it begins as gzip, bzip2 or xz do."""
-    begin = stream.begin()
     buffered = io.BufferedReader(stream, CHUNK)
-    if begin.startswith(GZIP):
-        return gzip.GzipFile(fileobj=buffered)  # type: ignore[return-value]
-    if begin.startswith(BZIP2):
-        return io.BufferedReader(_Decompressed(buffered, bz2.BZ2Decompressor), CHUNK)
-    if begin.startswith((XZ, LZMA)):
-        return io.BufferedReader(_Decompressed(buffered, _xz_decompressor), CHUNK)
-    return buffered
+    begin = buffered.peek(6)
+    file: Any = buffered
+    if begin.startswith(b"\x1f\x8b"):
+        file = gzip.GzipFile(fileobj=buffered)
+    elif begin.startswith(b"BZh"):
+        file = bz2.BZ2File(buffered)
+    elif begin.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80")):
+        import lzma  # some builds of Python lack it
 
-
-def _xz_decompressor() -> Any:
-    import lzma  # some builds of Python lack it
-
-    return lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
+        file = lzma.LZMAFile(buffered)  # noqa: SIM115
+    return file

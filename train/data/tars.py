@@ -1,9 +1,6 @@
 """A shard → its raw samples: tar members, grouped by key; and reading it once more where a network fails.
 
-A shard is a stranger's file. Whatever is in it, reading takes time in proportion to its length, and memory in proportion to
-`MAX_SAMPLE`. (Python's `tarfile` takes as much of both as a header asks for: sparse files, long names, extended headers; only
-its parser of a single header is used here.) No member is ever written to disk, so names mean nothing but keys; links,
-devices and folders are passed over.
+No member is ever written to disk, so names mean nothing but keys; links, devices and folders are passed over.
 """
 
 from __future__ import annotations
@@ -13,7 +10,8 @@ import re
 import tarfile
 import time
 from collections.abc import Iterator
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Any
 
 from open_flamingo.train.data.samples import Counts, RawSample, SampleError
 from open_flamingo.train.data.shards import local_path
@@ -26,15 +24,46 @@ logger = logging.getLogger(__name__)
 MAX_SAMPLE = 64 << 20
 # Bytes of an extended header (a long name, say), and characters of a name.
 MAX_HEADER, MAX_NAME = 1 << 16, 4096
-# Keys of samples of a single file that are remembered of a shard, to tell where the other files of a sample come later.
+# Bytes of one file: tarfile looks for the end of what a damaged header says for as long as it takes.
+MAX_FILE = 1 << 32
+# Keys of samples of a single file that are remembered per shard, to tell where the other files of a sample come later.
 MAX_ALONE = 4096
 METADATA = re.compile(r"(^|/)(__MACOSX|PaxHeaders?(\.\d+)?)(/|$)")
+EXTENDED = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 # Seconds before each further try at a shard that is not on this machine.
 RETRY_DELAYS = (1.0, 4.0)
 
-REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-DATALESS = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
-PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+
+class Header(tarfile.TarInfo):
+    """A tar header; where it is damaged, an error: tarfile itself would take that for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        try:
+            header = super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # the mark of the end
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            tar.is_cut_off = True  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"not a tar header: {error}") from error
+        return header._checked()
+
+    @classmethod
+    def frombuf(cls, block: bytes, encoding: str, errors: str) -> Any:
+        try:
+            header = super().frombuf(block, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"not a tar header: {error}; it begins with {bytes(block[:40])!r}") from error
+        return header._checked()
+
+    def _checked(self) -> Header:
+        if not 0 <= self.size <= (MAX_HEADER if self.type in EXTENDED else MAX_FILE):
+            raise tarfile.ReadError(f"{self.name!r} has a size of {self.size}")
+        if self.issparse():
+            raise tarfile.ReadError(f"{self.name!r} is a sparse file")
+        return self
 
 
 def read_shard(url: str, counts: Counts) -> Iterator[RawSample]:
@@ -74,10 +103,7 @@ def _read_once(url: str) -> Iterator[RawSample | SampleError]:
     with ShardStream(url) as stream:
         try:
             file = decompressed(stream)
-            tar = TarReader(file)
-            yield from _samples(tar, url)
-            if not tar.complete:
-                raise tarfile.ReadError("cut off: the archive's end is not marked")
+            yield from _samples(file, url)
         except (tarfile.TarError, EOFError) as error:
             if status := stream.status():  # which says why
                 raise OSError(f"the command ended with exit status {status} ({error})") from error
@@ -86,119 +112,8 @@ def _read_once(url: str) -> Iterator[RawSample | SampleError]:
         stream.finish()
 
 
-class TarReader:
-    """The regular files of a tar stream: iterating gives (name, size), then `read` gives the contents, or they are passed over.
-
-    Understands POSIX (pax) and GNU names. Raises tarfile.TarError where the archive is damaged, ends within a file, or holds sparse
-    files.
-
-    Attributes:
-        complete: whether the mark of the archive's end was seen.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.complete = False
-        self._file = file
-        self._unread = self._padding = 0
-
-    def read(self) -> bytes:
-        """The contents of the file that was last given."""
-        size, self._unread = self._unread, 0
-        return self._exactly(size)
-
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        name: str | None = None  # what extended headers say of the next file
-        size: int | None = None
-        first = True
-        while True:
-            block = self._file.read(tarfile.BLOCKSIZE)
-            if not block and not first:
-                return
-            if block.count(0) == tarfile.BLOCKSIZE:
-                self.complete = True
-                return
-            info = self._header(block, first)
-            first = False
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-                data = self._extended(info)
-                if info.type == tarfile.GNUTYPE_LONGNAME:
-                    name = data.partition(b"\0")[0].decode("utf-8", "backslashreplace")
-                continue
-            if info.type in PAX:
-                records = _pax_records(self._extended(info))
-                if info.type != tarfile.XGLTYPE:  # what is said of all files is no name and no size
-                    name = records.get("path", name)
-                    size = _number(records["size"]) if "size" in records else size
-                continue
-            self._unread = 0 if info.type in DATALESS else info.size if size is None else size
-            self._padding = -self._unread % tarfile.BLOCKSIZE
-            if info.type in REGULAR:
-                yield _printable(info.name if name is None else name), self._unread
-            self._skip(self._unread + self._padding)
-            name = size = None
-
-    def _header(self, block: bytes, first: bool) -> tarfile.TarInfo:
-        if not block:
-            raise tarfile.ReadError("empty file")
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-        except tarfile.TarError as error:
-            begins = f", it begins with {block[:40]!r}" if first else ""
-            raise tarfile.ReadError(f"not a tar header: {error}{begins}") from error
-        if info.size < 0:
-            raise tarfile.ReadError(f"{info.name!r} has a size of {info.size}")
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError(f"{info.name!r} is a sparse file")
-        return info
-
-    def _extended(self, info: tarfile.TarInfo) -> bytes:
-        if info.size > MAX_HEADER:
-            raise tarfile.ReadError(f"an extended header of {info.size} bytes")
-        data = self._exactly(info.size)
-        self._skip(-info.size % tarfile.BLOCKSIZE)
-        return data
-
-    def _exactly(self, size: int) -> bytes:
-        data = self._file.read(size)
-        if len(data) < size:
-            raise tarfile.ReadError("unexpected end of data")
-        return data
-
-    def _skip(self, size: int) -> None:
-        while size > 0:
-            size -= len(self._exactly(min(size, CHUNK)))
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    """Keyword → value of a pax header, which is lines of "length keyword=value"."""
-    records = {}
-    start = 0
-    while start < len(data) and data[start]:
-        space = data.find(b" ", start, start + 8)
-        end = start + _number(data[start : max(space, start)].decode("ascii", "replace"))
-        keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if not equals or data[end - 1 : end] != b"\n":
-            raise tarfile.ReadError("a damaged pax header")
-        records[keyword.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
-        start = end
-    if any(keyword.startswith("GNU.sparse.") for keyword in records):
-        raise tarfile.ReadError("a sparse file")
-    return records
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise tarfile.ReadError(f"a damaged pax header: {text[:20]!r} is no size")
-    return int(text)
-
-
-def _printable(name: str) -> str:
-    # Keys are logged, and nobody's terminal is to be steered by them.
-    return name if name.isprintable() else repr(name)[1:-1]
-
-
-def _samples(tar: TarReader, url: str) -> Iterator[RawSample | SampleError]:
-    """The files of `tar` by key, and what is wrong with some of them."""
+def _samples(file: IO[bytes], url: str) -> Iterator[RawSample | SampleError]:
+    """The files of a tar stream by key, and what is wrong with some of them."""
     sample: RawSample = {}
     size = files = 0  # of the sample; bytes with headers
     alone: dict[str, str] = {}  # samples of a single file: key -> suffix
@@ -222,24 +137,38 @@ def _samples(tar: TarReader, url: str) -> Iterator[RawSample | SampleError]:
                 alone[key] = suffix
         return sample or None
 
-    for name, file_size in tar:
-        key, suffix = _split(name)
-        if key is None:
-            continue
-        if key != sample.get("__key__"):
-            if (last := finished()) is not None:
-                yield last
-            sample, size, files = {"__key__": key, "__url__": url}, 0, 0
-        size += file_size + tarfile.BLOCKSIZE
-        files += 1
-        if size > MAX_SAMPLE:
-            sample = {"__key__": key, "__url__": url}  # lets go of what it holds
-        elif suffix in sample:  # the first one stays
-            yield SampleError("duplicate_member", f"a second {name}")
-        else:
-            sample[suffix] = tar.read()
+    options: dict[str, Any] = {"bufsize": CHUNK, "tarinfo": Header, "encoding": "utf-8", "errors": "backslashreplace"}
+    # What there is of a block, rather than an error for all of it where the stream breaks.
+    blocks: Any = SimpleNamespace(read=file.read1)  # type: ignore[attr-defined]
+    with tarfile.open(fileobj=blocks, mode="r|", **options) as tar:
+        while (header := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it would remember all of them
+            if not header.isreg():
+                continue
+            name = (
+                header.name if header.name.isprintable() else repr(header.name)[1:-1]
+            )  # keys are logged, also to terminals
+            key, suffix = _split(name)
+            if key is None:
+                continue
+            if key != sample.get("__key__"):
+                if (last := finished()) is not None:
+                    yield last
+                sample, size, files = {"__key__": key, "__url__": url}, 0, 0
+            size += header.size + tarfile.BLOCKSIZE
+            files += 1
+            if size > MAX_SAMPLE:
+                sample = {"__key__": key, "__url__": url}  # lets go of what it holds
+            elif suffix in sample:  # the first one stays
+                yield SampleError("duplicate_member", f"a second {name}")
+            else:
+                contents = tar.extractfile(header)
+                assert contents is not None
+                sample[suffix] = contents.read()
     if (last := finished()) is not None:
         yield last
+    if hasattr(tar, "is_cut_off"):
+        raise tarfile.ReadError("cut off: the archive's end is not marked")
 
 
 def _split(name: str) -> tuple[str | None, str]:

@@ -14,15 +14,15 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_flamingo import Flamingo
-from open_flamingo.train import checkpoint as checkpoints
-from open_flamingo.train import sharded
 from open_flamingo.train.arguments import DATA_FLAGS, MODEL_FLAGS
-from open_flamingo.train.data.loader import LoaderState
+from open_flamingo.train.checkpoint import files, sharded
 from open_flamingo.train.data.shards import shards_digest
-from open_flamingo.train.distributed import World, gather_objects, on_main
+from open_flamingo.train.data.workers import LoaderState
+from open_flamingo.train.distributed import World, gather_objects, run_on_rank0
 from open_flamingo.train.optimizer import parameter_names
 from open_flamingo.train.precision import LossScaler
-from open_flamingo.train.step import Source
+from open_flamingo.train.schedule import Plan, Progress
+from open_flamingo.train.step import Trainer
 from open_flamingo.weights import ROWS
 
 log = logging.getLogger(__name__)
@@ -35,84 +35,26 @@ _NOT_RECORDED = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long the run is, counted in samples: their number per update may change when it is resumed on other ranks.
+class TrainState:
+    """What a checkpoint is made of.
 
     Attributes:
-        samples_per_update: of each dataset, all ranks together.
-        samples_per_epoch: of each dataset, as the flags say; an epoch is as many whole updates as fit, at least one.
-        schedule_unit: the samples per update with which the run began. Warm-up and schedule are counted in updates of
-            this size, so that they stay where they were in the data.
+        model: not wrapped.
+        lanes: see `data.loader.resolve_lanes`.
+        started_from: the fingerprint of the checkpoint that the run began with, if it began with one.
     """
 
-    samples_per_update: dict[str, int]
-    samples_per_epoch: dict[str, int]
-    num_epochs: int
-    schedule_unit: dict[str, int]
-
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace, world_size: int) -> Plan:
-        kinds = [kind for kind in ("laion", "mmc4") if getattr(args, f"{kind}_shards") is not None]
-        ranks_and_steps = world_size * args.gradient_accumulation_steps
-        sizes = {kind: getattr(args, f"batch_size_{kind}") * ranks_and_steps for kind in kinds}
-        samples = {kind: getattr(args, f"train_num_samples_{kind}") for kind in kinds}
-        return cls(sizes, samples, args.num_epochs, sizes)
-
-    def _updates_per_epoch(self, size: dict[str, int]) -> int:
-        return max(1, min(self.samples_per_epoch[kind] // size[kind] for kind in size))
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return self._updates_per_epoch(self.samples_per_update)
-
-    def updates_left_in_epoch(self, progress: Progress) -> int:
-        kind = next(iter(self.samples_per_update))
-        size = self.samples_per_update[kind]
-        return max(1, self.updates_per_epoch - -(-progress.samples.get(kind, 0) // size))
-
-    def updates_left(self, progress: Progress) -> int:
-        """Of the whole run; 0 once it has finished."""
-        epochs = self.num_epochs - progress.epoch
-        return 0 if epochs <= 0 else (epochs - 1) * self.updates_per_epoch + self.updates_left_in_epoch(progress)
-
-    def after_update(self, progress: Progress) -> Progress:
-        step, epoch = progress.step + 1, progress.epoch
-        if self.updates_left_in_epoch(progress) == 1:
-            return Progress(step, epoch + 1)
-        return Progress(step, epoch, {k: progress.samples.get(k, 0) + n for k, n in self.samples_per_update.items()})
-
-    def epochs_done(self, progress: Progress) -> float:
-        left = self.updates_left_in_epoch(progress) / self.updates_per_epoch if progress.samples else 1.0
-        return round(progress.epoch + 1 - left, 4)
-
-    def schedule_position(self, progress: Progress) -> float:
-        """In updates of `schedule_unit`: on an unchanged number of ranks, the number of updates done."""
-        kind = next(iter(self.schedule_unit))
-        within = progress.samples.get(kind, 0) / self.schedule_unit[kind]
-        return progress.epoch * self._updates_per_epoch(self.schedule_unit) + within
-
-    @property
-    def schedule_length(self) -> int:
-        return self.num_epochs * self._updates_per_epoch(self.schedule_unit)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: updates done, of whatever size; it never goes back.
-        epoch: epochs finished.
-        samples: of each dataset, all ranks together, since then.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    samples: dict[str, int] = field(default_factory=dict)
+    args: argparse.Namespace
+    world: World
+    plan: Plan
+    model: Flamingo
+    trainer: Trainer
+    lanes: int
+    started_from: str | None = None
 
 
 @dataclass
-class Start:
+class ResumePoint:
     """Where this run begins."""
 
     progress: Progress = field(default_factory=Progress)
@@ -128,33 +70,22 @@ class Start:
         return self.path is not None and self.path.is_dir()
 
 
-def snapshot(
-    args: argparse.Namespace,
-    world: World,
-    plan: Plan,
-    lanes: int,
-    progress: Progress,
-    model: Flamingo,
-    optimizer: torch.optim.Optimizer,
-    sources: list[Source],
-    scaler: LossScaler | None = None,
-    started_from: str | None = None,
-) -> dict[str, Any] | None:
-    """Everything that the run needs to go on, but its weights and moments. Every rank takes part; rank 0
-    gets it, others None."""
-    cursors = gather_objects({source.kind: source.last.cursors for source in sources if source.last is not None})
-    random_states = gather_objects(checkpoints.random_state())
-    if not world.is_main:
+def resume_state(state: TrainState, progress: Progress) -> dict[str, Any] | None:
+    """Everything that the run needs to go on, but its weights and moments. Every rank takes part; rank 0 gets it, others None."""
+    datasets, optimizer, scaler = state.trainer.datasets, state.trainer.optimizer, state.trainer.scaler
+    cursors = gather_objects({dataset.kind: dataset.last.cursors for dataset in datasets if dataset.last is not None})
+    random_states = gather_objects(_random_state())
+    if not state.world.is_main:
         return None
     data = {}
-    for source in sources:
-        assert source.last is not None
-        lanes_read = {lane: cursor for rank in cursors for lane, cursor in rank[source.kind].items()}
-        data[source.kind] = LoaderState(source.last.samples, lanes_read).to_json()
+    for dataset in datasets:
+        assert dataset.last is not None
+        lanes_read = {lane: cursor for rank in cursors for lane, cursor in rank[dataset.kind].items()}
+        data[dataset.kind] = LoaderState(dataset.last.samples, lanes_read).to_json()
     rates = [group["lr"] for group in optimizer.param_groups]
     return {
         "epoch": progress.epoch - 1,
-        "optimizer_parameter_names": parameter_names(model, optimizer),
+        "optimizer_parameter_names": parameter_names(state.model, optimizer),
         # As the reference's LambdaLR reads it. Here the rate is a function of the samples seen.
         "lr_scheduler_state_dict": {
             "last_epoch": progress.step,
@@ -166,17 +97,31 @@ def snapshot(
         "loss_scaler_state_dict": None if scaler is None else scaler.state_dict(),
         "step": progress.step,
         "samples_in_epoch": progress.samples,
-        "updates_per_epoch": plan.updates_per_epoch,
-        "samples_per_update": plan.samples_per_update,
-        "schedule_unit": plan.schedule_unit,
+        "updates_per_epoch": state.plan.updates_per_epoch,
+        "samples_per_update": state.plan.samples_per_update,
+        "schedule_unit": state.plan.schedule_unit,
         "data": data,
-        "data_lanes": lanes,
-        "shards": {source.kind: shards_digest(source.loader.urls) for source in sources},
+        "data_lanes": state.lanes,
+        "shards": {dataset.kind: shards_digest(dataset.loader.urls) for dataset in datasets},
         "random_states": random_states,
-        "flags": {name: value for name, value in vars(args).items() if name not in _NOT_RECORDED},
-        "started_from": started_from,
+        "flags": {name: value for name, value in vars(state.args).items() if name not in _NOT_RECORDED},
+        "started_from": state.started_from,
         "versions": _versions(),
     }
+
+
+def _random_state() -> dict[str, Any]:
+    """This process's torch random states. Samples do not depend on them: their randomness is a function of the seed."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _versions() -> dict[str, str]:
@@ -189,7 +134,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def find_start(args: argparse.Namespace, plan: Plan) -> tuple[Start, Plan]:
+def find_start(args: argparse.Namespace, plan: Plan) -> tuple[ResumePoint, Plan]:
     """Finds the checkpoint to go on from, if there is one, and checks that this run can; and the plan, on the schedule of the run
     that goes on.
 
@@ -198,13 +143,13 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[Start, Plan]:
 
     Raises ValueError, naming the difference, where the checkpoint is of another model or other data.
     """
-    path, started_from = on_main(_choose, args)
+    path, started_from = run_on_rank0(_select_checkpoint, args)
     if path is None:
-        return Start(), plan
-    checkpoint = checkpoints.load(path)
+        return ResumePoint(), plan
+    checkpoint = files.load(path)
     given = args.resume_from_checkpoint
     is_new_run = given is not None and path.resolve() == Path(given).resolve()
-    start = Start(checkpoint=checkpoint, path=path, started_from=started_from, is_new_run=is_new_run)
+    start = ResumePoint(checkpoint=checkpoint, path=path, started_from=started_from, is_new_run=is_new_run)
     if "flags" not in checkpoint:  # made by the reference, or bare weights
         epoch = checkpoint.get("epoch", -1) + 1
         start.progress = Progress(epoch * plan.updates_per_epoch, epoch)
@@ -212,11 +157,11 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[Start, Plan]:
         return start, plan
 
     flags = vars(args)
-    _check(args, path, checkpoints.changed_flags(checkpoint["flags"], flags, MODEL_FLAGS))
-    data_changes = list(checkpoints.changed_flags(checkpoint["flags"], flags, DATA_FLAGS))
+    _reject_changes(args, path, _changed_flags(checkpoint["flags"], flags, MODEL_FLAGS))
+    data_changes = _changed_flags(checkpoint["flags"], flags, DATA_FLAGS)
     if args.data_lanes not in (None, checkpoint["data_lanes"]):
         data_changes.append(f"--data_lanes was {checkpoint['data_lanes']} and is now {args.data_lanes}")
-    _check(args, path, data_changes)
+    _reject_changes(args, path, data_changes)
     if data_changes:
         log.warning("the data start from their beginning, since they are not those of %s", path)
     else:
@@ -243,7 +188,7 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[Start, Plan]:
     return start, plan
 
 
-def check_shard_lists(args: argparse.Namespace, start: Start, shards: dict[str, Any]) -> None:
+def check_shard_lists(args: argparse.Namespace, start: ResumePoint, shards: dict[str, Any]) -> None:
     """Compares `shards`, the list of URLs of each dataset, with what the checkpoint of `start` was trained on: its cursors count in
     that list. Where the flags were found to differ already, there is nothing to compare.
 
@@ -260,36 +205,44 @@ def check_shard_lists(args: argparse.Namespace, start: Start, shards: dict[str, 
         for kind, urls in shards.items()
         if kind in saved and saved[kind] != (digest := shards_digest(urls))
     ]
-    _check(args, start.path, changes)
+    _reject_changes(args, start.path, changes)
     if changes:
         start.data = {}
         log.warning("the data start from their beginning, since they are not those of %s", start.path)
 
 
-def _choose(args: argparse.Namespace) -> tuple[Path | None, str | None]:
+def _select_checkpoint(args: argparse.Namespace) -> tuple[Path | None, str | None]:
     """The checkpoint to go on from, and the fingerprint of the one of --resume_from_checkpoint."""
     folder = Path(args.run_name)
     if args.resume_from_checkpoint is None:
-        found = checkpoints.newest_readable(folder)
-        if found is None and checkpoints.newest_first(folder):
+        found = files.newest_readable(folder)
+        if found is None and files.newest_first(folder):
             raise ValueError(f"none of the checkpoints in {folder} can be read. Move them away to start over")
         return (found[0], found[1].get("started_from")) if found else (None, None)
     path = Path(args.resume_from_checkpoint)
-    started_from = checkpoints.fingerprint(path)
-    for own in checkpoints.newest_first(folder):
+    started_from = files.fingerprint(path)
+    for own in files.newest_first(folder):
         try:
             # Earlier versions stored the path.
-            if checkpoints.load(own).get("started_from") in (started_from, args.resume_from_checkpoint):
-                checkpoints.verify(own)
+            if files.load(own).get("started_from") in (started_from, args.resume_from_checkpoint):
+                files.verify(own)
                 return own, started_from
         except ValueError as error:
             log.warning("%s; going back to the one before it", error)
-    checkpoints.verify(path)
+    files.verify(path)
     return path, started_from
 
 
-def _check(args: argparse.Namespace, path: Path, changes: Any) -> None:
-    changes = list(changes)
+def _changed_flags(saved: dict[str, Any], current: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """One sentence per flag of `names` that is not what it was when the checkpoint was made."""
+    return [
+        f"--{name} was {saved[name]!r} and is now {current[name]!r}"
+        for name in names
+        if name in saved and saved[name] != current[name]
+    ]
+
+
+def _reject_changes(args: argparse.Namespace, path: Path, changes: list[str]) -> None:
     if not changes:
         return
     if not args.allow_changed_flags:
@@ -300,7 +253,7 @@ def _check(args: argparse.Namespace, path: Path, changes: Any) -> None:
     log.warning("going on from %s although %s", path, "; ".join(changes))
 
 
-def restore_model(start: Start, model: Flamingo) -> None:
+def restore_model(start: ResumePoint, model: Flamingo) -> None:
     """Puts the weights of `start` into the model, before it is spread over the ranks; rank 0 alone needs to.
 
     Raises ValueError, naming the parameter, where the checkpoint is of another model.
@@ -318,16 +271,16 @@ def restore_model(start: Start, model: Flamingo) -> None:
 
 
 def restore_optimizer(
-    start: Start,
+    start: ResumePoint,
     world: World,
     model: Flamingo,
     optimizer: torch.optim.Optimizer,
     scaler: LossScaler | None = None,
 ) -> None:
-    """Puts the state of `start` into the optimiser, the loss scaler and the random generators of this rank; and, of a
+    """Puts the state of `start` into the optimizer, the loss scaler and the random generators of this rank; and, of a
     sharded checkpoint, the weights.
 
-    Raises ValueError, naming the parameter, where the checkpoint's optimiser trains other parameters.
+    Raises ValueError, naming the parameter, where the checkpoint's optimizer trains other parameters.
     """
     checkpoint = start.checkpoint
     if checkpoint is None:
@@ -336,7 +289,7 @@ def restore_optimizer(
         saved_names, names = checkpoint["optimizer_parameter_names"], parameter_names(model, optimizer)
         if saved_names != names:
             changed = sorted(set(saved_names) ^ set(names)) or names
-            raise ValueError(f"{start.path}: its optimiser trains other parameters, the first {changed[0]}")
+            raise ValueError(f"{start.path}: its optimizer trains other parameters, the first {changed[0]}")
         if start.is_sharded:
             assert start.path is not None
             sharded.load(start.path, model, optimizer)
@@ -345,11 +298,11 @@ def restore_optimizer(
         if scaler is not None and checkpoint.get("loss_scaler_state_dict") is not None:
             scaler.load_state_dict(checkpoint["loss_scaler_state_dict"])
         if len(checkpoint["random_states"]) == world.world_size:
-            checkpoints.restore_random_state(checkpoint["random_states"][world.rank])
+            _restore_random_state(checkpoint["random_states"][world.rank])
     elif "optimizer_state_dict" in checkpoint:
         state = _optimizer_state_of_reference(checkpoint, model, optimizer)
         if state is None:
-            log.warning("%s: its optimiser state does not fit this model; the optimiser starts anew", start.path)
+            log.warning("%s: its optimizer state does not fit this model; the optimizer starts anew", start.path)
         else:
             _load_optimizer(optimizer, state)
 
@@ -359,7 +312,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     flags."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        index: {key: _like(torch.as_tensor(value), parameters[index]) for key, value in of.items()}
+        index: {key: _shard_like(torch.as_tensor(value), parameters[index]) for key, value in of.items()}
         for index, of in state["state"].items()
     }
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
@@ -368,7 +321,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         group.update(setting)
 
 
-def _like(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _shard_like(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a whole `moment`, sharded as its parameter is. (The number of steps, a scalar, never is.)"""
     if not isinstance(parameter, DTensor) or moment.ndim == 0:
         # On the CPU a copy of what is mapped from the file; to a GPU it goes straight from there.

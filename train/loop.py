@@ -1,0 +1,271 @@
+"""The run, from top to bottom: `run` is the process around it, `train` the training itself."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import time
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from open_flamingo import create_model_and_transforms
+from open_flamingo.train.checkpoint import files
+from open_flamingo.train.checkpoint.resume import (
+    ResumePoint,
+    TrainState,
+    check_shard_lists,
+    find_start,
+    restore_model,
+    restore_optimizer,
+)
+from open_flamingo.train.checkpoint.saving import Checkpoints
+from open_flamingo.train.data.images import normalization
+from open_flamingo.train.data.loader import build_loader
+from open_flamingo.train.data.options import DataOptions, data_options
+from open_flamingo.train.data.samples import DataError
+from open_flamingo.train.distributed import (
+    GroupOptions,
+    World,
+    detect_launcher,
+    distributed,
+    gather_objects,
+    raise_on_all_ranks,
+)
+from open_flamingo.train.errors import UserError, exit_on_error, user_error
+from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
+from open_flamingo.train.libraries import check_libraries
+from open_flamingo.train.lock import run_lock
+from open_flamingo.train.optimizer import build_optimizer
+from open_flamingo.train.parallel import (
+    check_compiler,
+    compile_blocks,
+    dummy_batch,
+    parallelize,
+    reduce_gradients,
+    sharding_from_flags,
+    warm_up_ddp,
+)
+from open_flamingo.train.precision import build_loss_scaler, cast_frozen_weights, choose_kernels
+from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure, setup_logging
+from open_flamingo.train.schedule import Plan
+from open_flamingo.train.step import TrainDataset, Trainer, train_step
+from open_flamingo.train.watchdog import Watchdog
+
+log = logging.getLogger("open_flamingo.train")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The process around the training. Returns its exit code."""
+    setup_logging(rank=0)
+    choose_kernels(args.deterministic)
+    transformers_logging.disable_progress_bar()
+    try:
+        with ExitStack() as stack:
+            with user_error("cannot start"):
+                world = detect_launcher()
+                setup_logging(world.rank)
+                world = stack.enter_context(distributed(world, group_options(args)))
+            watchdog = stack.enter_context(Watchdog(world, *watchdog_limits(args)))
+            with exit_on_error(world, watchdog), ExitStack() as while_training:
+                with user_error("cannot start"), raise_on_all_ranks():
+                    check_libraries(world.device, args.compile)
+                    if world.is_main:
+                        while_training.enter_context(run_lock(Path(args.run_name)))
+                stopped_by = train(args, world, watchdog)
+                # A process whose group goes before its DDP object may abort, and DDP is part of a cycle.
+                gc.collect()
+    except (UserError, DataError) as error:
+        log.error("%s", error)
+        return 1
+    return 0 if stopped_by is None else EXIT_STOPPED
+
+
+# Of several time limits that fall together, the one with the most to say must come first: a loader that hangs (which worker, which
+# shard), then the ranks that wait for its rank (which rank, in which phase), then torch (nothing).
+
+
+def watchdog_limits(args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds that a phase may take: of the training, and before its first update is done."""
+    return 1.25 * args.dist_timeout + 5, 1.25 * args.startup_timeout + 5
+
+
+def group_options(args: argparse.Namespace) -> GroupOptions:
+    return GroupOptions(
+        url=args.dist_url,
+        backend=args.dist_backend,
+        set_device=not args.no_set_device_rank,
+        group_of_one=args.fsdp or args.checkpoint_format == "sharded",
+        startup_timeout=args.startup_timeout,
+        timeout=2 * max(watchdog_limits(args)) + 60,
+    )
+
+
+def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | None:
+    """Trains to the end, or until a signal asks for a stop: then returns its name."""
+    # ---------------------------------------------------------------- where to start, and how far to go
+    if args.compile:
+        with user_error("cannot compile"):
+            check_compiler(world.device)
+    with user_error("cannot resume"):
+        start, plan = find_start(args, Plan.from_flags(args, world.world_size))
+        options = data_options(args, world, start.lanes)
+        check_shard_lists(args, start, {kind: option.shards for kind, option in options.items()})
+    progress = start.progress
+    first_step, last_step = progress.step, progress.step + plan.updates_left(progress)
+    if first_step == last_step:
+        log.info(
+            "nothing left to do: %s has finished its %d epochs (%d updates). Raise --num_epochs to train on",
+            *(args.run_name, args.num_epochs, last_step),
+        )
+        return None
+
+    # ---------------------------------------------------------------- model, optimizer, data, reporting
+    if args.report_to_wandb and not args.offline:
+        with user_error("cannot start"), raise_on_all_ranks():
+            if world.is_main:
+                log_in_to_wandb()
+    state = build(args, world, watchdog, start, plan, options)
+    trainer = state.trainer
+    describe(state, options, first_step)
+    with user_error("cannot start"), raise_on_all_ranks():
+        if world.is_main and start.is_new_run:
+            files.set_aside(Path(args.run_name), start.path)
+        reporter = Reporter(args, world.is_main, first_step, last_step)
+    watchdog.before_exit = reporter.close_after_error
+    signals = Signals()
+    health = Health(Path(args.run_name), signals, watchdog)
+    checkpoints = Checkpoints(state, watchdog, signals.ask_to_stop, reporter.upload)
+
+    # ---------------------------------------------------------------- loop
+    began = logged = time.perf_counter()
+    with signals, closing(checkpoints):
+        while progress.step < last_step:
+            learning_rate = plan.rate_after(progress)
+            progress = plan.after_update(progress)
+            step = progress.step
+            health.begin(step)
+            gradient_norm = train_step(trainer, learning_rate, health)
+            watchdog.end_startup()
+            reporter.advance()
+
+            if itstime(step, args.logging_steps) or step == last_step:
+                now = time.perf_counter()
+                values = {"epoch": plan.epochs_done(progress)}
+                values |= measure(trainer, world, health, gradient_norm, now - logged)
+                values["lr"] = plan.rate_after(progress)
+                values["seconds_left"] = (now - began) / (step - first_step) * (last_step - step)
+                reporter.log(step, values)
+                logged = now
+
+            ends = step == last_step or health.stop is not None or health.consecutive_bad_steps >= args.max_bad_steps
+            if ends:
+                health.flush()
+            if ends or itstime(step, args.save_steps) or not progress.samples:  # no samples: an epoch's end
+                checkpoints.save(progress)
+            if ends:
+                break
+        watchdog.set_phase("finishing the last checkpoint and the log", limited=False)
+        checkpoints.finish()
+
+    # ---------------------------------------------------------------- the end
+    reporter.close()
+    for dataset in trainer.datasets:
+        dataset.loader.close()
+    watchdog.set_phase("the end", limited=False)
+    gather_objects(None)  # launchers end all ranks when the first has ended with a code: let rank 0 finish its writing
+    if checkpoints.problem is not None:
+        raise UserError(f"after update {step}, {checkpoints.problem}")
+    if health.consecutive_bad_steps >= args.max_bad_steps:
+        raise UserError(
+            f"{health.consecutive_bad_steps} updates in a row had a loss or gradient that is not finite (--max_bad_steps): saved "
+            f"after update {step}, and stopped. Look at the samples in {Path(args.run_name) / BAD_BATCHES}; try a lower "
+            "--learning_rate, or --precision amp_bf16 where it is fp16"
+        )
+    if step < last_step:
+        log.info("%s: saved after update %d, and stopped. The same command goes on from there", health.stop, step)
+        return health.stop
+    log.info("finished: %d epochs, %d updates", args.num_epochs, last_step)
+    return None
+
+
+def itstime(step: int, every: int) -> bool:
+    """Whether it is time for what happens every so many updates; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def build(
+    args: argparse.Namespace,
+    world: World,
+    watchdog: Watchdog,
+    start: ResumePoint,
+    plan: Plan,
+    options: dict[str, DataOptions],
+) -> TrainState:
+    """Model, optimizer and loaders, as they were when the checkpoint of `start` was made. Every rank must call this."""
+    with user_error("cannot start"):
+        sharding = sharding_from_flags(args, world)
+    watchdog.set_phase("building the model")
+    torch.manual_seed(args.seed)
+    with user_error("cannot build the model"), raise_on_all_ranks():
+        # Rank 0 reads the weights; the others get theirs from it.
+        model, image_processor, tokenizer = create_model_and_transforms(
+            args.vision_encoder_path,
+            args.vision_encoder_pretrained,
+            args.lm_path,
+            args.tokenizer_path or args.lm_path,
+            cross_attn_every_n_layers=args.cross_attn_every_n_layers,
+            use_local_files=args.offline,
+            freeze_lm_embeddings=args.freeze_lm_embeddings,
+            gradient_checkpointing=args.gradient_checkpointing,
+            trust_remote_code=args.trust_remote_code,
+            train_output_rows=args.train_output_rows,
+            meta=not world.is_main,
+        )
+        # From here on, only the ranks that still build are behind.
+        watchdog.set_phase("waiting for the models of the other ranks")
+    with user_error("cannot resume"), raise_on_all_ranks():
+        if world.is_main:
+            restore_model(start, model)
+    watchdog.set_phase("broadcasting weights")
+    cast_frozen_weights(model, args.precision)
+    parallel_model = parallelize(model, world, sharding).train()
+    optimizer = build_optimizer(model, args.learning_rate, args.weight_decay)
+    scaler = build_loss_scaler(args.precision, world.device)
+    with user_error("cannot resume"):
+        restore_optimizer(start, world, model, optimizer, scaler)
+    start.checkpoint = None  # free the memory
+
+    watchdog.set_phase("opening the data")
+    with user_error("cannot load the data"):
+        datasets = [
+            TrainDataset(
+                kind,
+                weight=getattr(args, f"loss_multiplier_{kind}"),
+                loader=build_loader(option, tokenizer, image_processor, start.data.get(kind)),
+                normalization=normalization(image_processor),
+                device=world.device,
+            )
+            for kind, option in options.items()
+        ]
+
+    dummy = dummy_batch(image_processor(Image.new("RGB", (64, 64))), model.media_token_id, model.eoc_token_id)
+    warm_up_ddp(parallel_model, dummy, args.precision)
+    if args.compile:
+        compile_blocks(model)
+    trainer = Trainer(
+        model=parallel_model,
+        optimizer=optimizer,
+        datasets=datasets,
+        precision=args.precision,
+        accumulation=args.gradient_accumulation_steps,
+        scaler=scaler,
+        reduce_gradients=partial(reduce_gradients, parallel_model, dummy, args.precision),
+    )
+    lanes = next(iter(options.values())).lanes
+    return TrainState(args, world, plan, model, trainer, lanes, start.started_from)

@@ -1,0 +1,165 @@
+"""Hung and dead ranks: which one, since when, and where it was last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from open_flamingo.train.distributed import TORCHRUN, World
+
+log = logging.getLogger(__name__)
+
+
+class _Report(NamedTuple):
+    """What a rank lets the others know of itself."""
+
+    beat: int  # grows while the process lives
+    progress: int  # phases begun, the same on all ranks that are equally far
+    phase: str
+    host: str
+    pid: int
+
+
+class Watchdog:
+    """Ends this process when it has been in one phase for longer than that phase may take, and says which rank is behind.
+
+    One thread exchanges heartbeats through the store in which the ranks have met; another watches the time, as the store may not
+    answer. The second also sees when the torchrun above has died, and then asks for a stop, as a SIGTERM does.
+
+    Args:
+        timeout: of a phase of the training, in seconds.
+        startup_timeout: of a phase before the first update is done.
+    """
+
+    def __init__(self, world: World, timeout: float, startup_timeout: float) -> None:
+        self._world = world
+        self._timeout = timeout
+        self._limit: float | None = startup_timeout
+        self._default_limit = startup_timeout
+        self._interval = min(1.0, timeout / 10)
+        self._progress, self._phase, self._since = 0, "the start", time.monotonic()
+        self._rank_0: _Report | None = None  # the last from the rank that keeps the store
+        self._store = world.store.clone() if world.store is not None and world.world_size > 1 else None
+        self._over, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._verdict: str | None = None
+        self._heard = time.monotonic()  # from the store
+        self._parent = os.getppid()
+        self.before_exit: Callable[[], None] = lambda: None  # called where the process is about to end with an error
+
+    def __enter__(self) -> Watchdog:
+        for loop in (self._heartbeat, self._watch) if self._store is not None else (self._watch,):
+            threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def set_phase(self, phase: str, limited: bool = True) -> None:
+        """The run has come to `phase`. All ranks call this in the same places.
+
+        Args:
+            limited: False for what may rightly take any time, such as writing a checkpoint: a line is logged each minute.
+        """
+        self._progress, self._phase, self._since = self._progress + 1, phase, time.monotonic()
+        self._limit = self._default_limit if limited else None
+
+    def end_startup(self) -> None:
+        self._default_limit = self._timeout
+
+    def _watch(self) -> None:
+        minutes = 0
+        while not self._over.wait(self._interval):
+            if self._world.launcher == TORCHRUN and os.getppid() != self._parent:
+                log.error("torchrun (pid %d) has died: stopping", self._parent)
+                os.kill(os.getpid(), signal.SIGTERM)
+                self._parent = os.getppid()
+            elapsed, limit = time.monotonic() - self._since, self._limit
+            if limit is None and int(elapsed / 60) > minutes:
+                log.info("%s: %d s so far", self._phase, elapsed)
+            minutes = int(elapsed / 60)
+            if limit is not None and elapsed > limit and self._world.world_size > 1:
+                flag = "--startup_timeout" if limit != self._timeout else "--dist_timeout"
+                verdict = self.diagnose() or "No rank is known to be behind."
+                log.error(
+                    "rank %d has been at %s for %.0f s (%s). %s", self._world.rank, self._phase, elapsed, flag, verdict
+                )
+                self.before_exit()
+                os._exit(1)
+
+    def _heartbeat(self) -> None:
+        assert self._store is not None
+        beat, has_asked = 0, False
+        try:
+            while not self._over.wait(self._interval if beat else 0):
+                beat += 1
+                report = _Report(beat, self._progress, self._phase, socket.gethostname(), os.getpid())
+                self._store.set(_key(self._world.rank), json.dumps(report))
+                self._rank_0 = _Report(*json.loads(self._store.get(_key(0))))
+                self._heard = time.monotonic()
+                if not self._asked.is_set() or self._answered.is_set():
+                    continue
+                if not has_asked:  # the first rank that asks compares, and tells the others
+                    has_asked = True
+                    if self._store.add("health/asked", 1) == 1:
+                        self._store.set("health/verdict", self._compare())
+                if self._store.check(["health/verdict"]):
+                    self._verdict = self._store.get("health/verdict").decode()
+                    self._answered.set()
+        except RuntimeError:  # the store has gone with its rank
+            self._verdict = _describe(0, "died or hung", self._rank_0)
+            self._answered.set()
+
+    def diagnose(self) -> str | None:
+        """Which rank the others wait for, in words; None if there is none. Takes some seconds."""
+        self._limit = None  # the process ends with what is found here
+        if self._store is None:
+            return None
+        self._asked.set()
+        if self._answered.wait(10 + 6 * self._interval):
+            time.sleep(2 * self._interval)  # this process may keep the store, and the others have not read it yet
+            return self._verdict or None
+        if time.monotonic() - self._heard < 5 + 2 * self._interval:
+            return None  # the rank that compares is gone; what it found is in its log
+        return f"{_describe(0, 'died or hung', self._rank_0)} (The store that it keeps does not answer.)"
+
+    def _compare(self) -> str:
+        """What the reports of all ranks say, read twice; empty if none is behind."""
+        before = self._read()
+        time.sleep(3 * self._interval)
+        now = self._read()
+        others = [rank for rank in range(self._world.world_size) if rank != self._world.rank]
+        if silent := [rank for rank in others if rank not in now or now[rank] == before.get(rank)]:
+            return " ".join(_describe(rank, "died or hung", now.get(rank)) for rank in silent)
+        least = min(report.progress for report in now.values())
+        behind = [rank for rank, report in now.items() if report.progress == least]
+        return " ".join(_describe(rank, "is behind", now[rank]) for rank in behind if len(behind) < len(now))
+
+    def _read(self) -> dict[int, _Report]:
+        assert self._store is not None
+        ranks = [rank for rank in range(self._world.world_size) if self._store.check([_key(rank)])]
+        return {rank: _Report(*json.loads(self._store.get(_key(rank)))) for rank in ranks}
+
+
+def _key(rank: int) -> str:
+    return f"health/{rank}"
+
+
+def _describe(rank: int, what: str, report: _Report | None) -> str:
+    if report is None:
+        return f"Rank {rank} {what}: it never reported."
+    return f"Rank {rank} ({report.host}, pid {report.pid}) {what}; last reported at {report.phase}."
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether a collective failed, as it does when another rank has died."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))
