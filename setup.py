@@ -38,6 +38,7 @@ setup(
     packages=[
         "open_flamingo",
         "open_flamingo.train",
+        "open_flamingo.train.checkpoint",
         "open_flamingo.train.data",
         "open_flamingo.scripts",
         "open_flamingo.scripts.demo",
@@ -45,6 +46,7 @@ setup(
     package_dir={
         "open_flamingo": "open_flamingo",
         "open_flamingo.train": "train",
+        "open_flamingo.train.checkpoint": "train/checkpoint",
         "open_flamingo.train.data": "train/data",
         "open_flamingo.scripts": "scripts",
         "open_flamingo.scripts.demo": "scripts/demo",
