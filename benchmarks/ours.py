@@ -36,7 +36,6 @@ from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
 from open_flamingo.train.checkpoint.saving import FileSaver
 from open_flamingo.train.checkpoint.sharded import ShardedSaver
-from open_flamingo.train.cpu import fast_kernels
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.labels import laion_labels, mmc4_labels
 from open_flamingo.train.data.loader import Batch, build_loader
@@ -94,7 +93,7 @@ def to_batch(kind: str, rows: dict[str, Tensor], ids: tuple[int, int, int], pin:
 
 
 class Ours:
-    """The model, the optimiser and the sources, as `train.train` builds them."""
+    """The model, the optimizer and the sources, as `train.train` builds them."""
 
     def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
         folder = Path(args.folder)
@@ -106,7 +105,6 @@ class Ours:
         self.world = stack.enter_context(distributed(detect_launcher(), GroupOptions(group_of_one=args.group)))
         device = self.world.device
         choose_kernels(deterministic=False)
-        stack.enter_context(fast_kernels(device, args.precision, args.compile))
         torch.manual_seed(0)
         with without_weights(), device:
             self.model, image_processor, tokenizer = create_model_and_transforms(

@@ -19,7 +19,7 @@ PARTS = (
     "resampler",
     "language model forward",
     "language model backward",
-    "optimiser",
+    "optimizer",
     "rest",
 )
 """resampler: forward and backward. language model: with gated cross-attention, head and loss; embeddings too. rest: labels,
@@ -47,7 +47,7 @@ class Parts:
 
     @contextmanager
     def watching(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Marks the forward passes of `model` and of its `perceiver`, all backward passes, and the optimiser's steps."""
+        """Marks the forward passes of `model` and of its `perceiver`, all backward passes, and the optimizer's steps."""
         perceiver = model.get_submodule("perceiver")
         original = Tensor.backward
 
@@ -70,7 +70,7 @@ class Parts:
                 perceiver.register_forward_pre_hook(lambda *_: self.mark("rest")),
                 perceiver.register_forward_hook(after_perceiver),
                 optimizer.register_step_pre_hook(lambda *_: self.mark("rest")),
-                optimizer.register_step_post_hook(lambda *_: self.mark("optimiser")),
+                optimizer.register_step_post_hook(lambda *_: self.mark("optimizer")),
             ):
                 stack.callback(handle.remove)
             stack.enter_context(patch.object(Tensor, "backward", backward))
@@ -124,7 +124,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        F.linear(a, b)  # the one product that `train/cpu.py` may have replaced
+        F.linear(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)

@@ -31,7 +31,7 @@ def measure(
     def start(program: str) -> Child:
         arguments = [str(folder), f"--precision={precision}", *(["--group"] if program == "ours" else [])]
         child = Child(program, *arguments)
-        child.ask("steps", count=1)  # now the optimiser has moments
+        child.ask("steps", count=1)  # now the optimizer has moments
         return child
 
     with ExitStack() as stack:

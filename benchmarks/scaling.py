@@ -358,7 +358,7 @@ def working(counted: Counted, strategy: Strategy) -> int:
 
     The activations, and the copies of trained weights in bfloat16 that autocast keeps through a forward pass. Under FSDP
     also the whole gradients of trained parameters (they are scattered at the last backward only: the price of one
-    synchronisation an update), the root, and three times the largest other unit (in use, being gathered, and the buffer
+    synchronization an update), the root, and three times the largest other unit (in use, being gathered, and the buffer
     of that gather).
     """
     needed = counted.activations + 2 * counted.trained
@@ -524,7 +524,7 @@ def memory_table(counted: dict[str, Counted], options: argparse.Namespace) -> st
         "frozen",
         "parameters",
         "gradients",
-        "optimiser",
+        "optimizer",
         "**at rest**",
         "at rest, fp32",
         "peak, at most",

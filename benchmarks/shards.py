@@ -31,7 +31,7 @@ class Size(NamedTuple):
 
 
 def picture(rng: np.random.Generator, size: Size) -> bytes:
-    """A JPEG of random clouds with the spectrum of photographs: less of it in the colours than in the brightness."""
+    """A JPEG of random clouds with the spectrum of photographs: less of it in the colors than in the brightness."""
     fy, fx = np.fft.fftfreq(size.height)[:, None], np.fft.rfftfreq(size.width)[None]
     frequency = np.hypot(fy, fx)
     frequency[0, 0] = np.inf

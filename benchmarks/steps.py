@@ -211,7 +211,7 @@ def comparison_table(comparison: Comparison) -> str:
         *(row(f"… {part} *", each(lambda p, part=part: p.parts[part]), ".3f", down) for part in PARTS),
         row("peak memory, GB", each(lambda p: p.memory / 1e9), ".2f", up),
         row("matrix rate, TFLOP/s", each(lambda p: comparison.rates[p.precision] / 1e12), ".3f"),
-        row("utilisation", each(lambda p: flops / p.step / comparison.rates[p.precision]), ".1%", up),
+        row("utilization", each(lambda p: flops / p.step / comparison.rates[p.precision]), ".1%", up),
         row("step ÷ floor", each(lambda p: p.step * comparison.rates[p.precision] / flops), ".2f", down),
     ]
     header = ["", *names, *(["ratio"] if len(names) == 2 else [])]
@@ -228,7 +228,7 @@ def describe(comparison: Comparison) -> str:
         "",
         comparison_table(comparison),
         "",
-        "\\* From a pass of its own, in which looking costs time. Ratios above 1 are in our favour, but for memory.",
+        "\\* From a pass of its own, in which looking costs time. Ratios above 1 are in our favor, but for memory.",
         "",
         f"Needed: {sum(comparison.flops.values()) / 1e12:.3f} TFLOP a step ({needed}).",
     ]

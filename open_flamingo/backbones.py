@@ -69,7 +69,7 @@ def read_vision_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_vision_weights(pretrained: str, path: str) -> None:
-    """`pretrained` is a file that is there, or can be a tag (which tags a model has, OpenCLIP knows); empty, where the vision
+    """`pretrained` is a file that exists, or can be a tag (which tags a model has, OpenCLIP knows); empty, where the vision
     encoder at `path` brings its own weights."""
     if not pretrained and not path.startswith(OPEN_CLIP_SCHEMES):
         raise ValueError("it is empty: give an OpenCLIP weight tag, such as 'openai', or a file")

@@ -3,7 +3,7 @@
 After Flamingo (Alayrac et al. 2022, sections 3.1.2 and 3.1.3). Module names are open-flamingo 2.0.1's, so its weights
 load.
 
-Dimensions: B batch, T text tokens, N images, L latents an image, D text width, E image width.
+Dimensions: B batch, T text tokens, N images, L latents per image, D text width, E image width.
 """
 
 from typing import NamedTuple

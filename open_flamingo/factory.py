@@ -89,8 +89,8 @@ def create_model_and_transforms(
         `<|endofchunk|>`, `<image>` and, if it had no padding token, `<PAD>` added.
 
     Raises:
-        ValueError, FileNotFoundError: what was asked for does not exist or does not fit; the message, of one line, says
-            what, with the argument and the flag of the training program.
+        ValueError, FileNotFoundError: what was asked for does not exist or does not fit; the message, of one line, names
+            the argument.
     """
     vision_encoder, image_processor, image_size = load_vision_encoder(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir, meta
@@ -119,7 +119,7 @@ def create_model_and_transforms(
 
 @contextmanager
 def loading(argument: str, value: str) -> Iterator[None]:
-    """Errors within this `with` become one line, which begins with the argument (and its flag) and has its value.
+    """Errors within this `with` become one line, which begins with the argument and has its value.
 
     The libraries below raise almost anything for what is missing, broken or does not fit.
     """
@@ -145,19 +145,19 @@ def load_vision_encoder(
     See `create_model_and_transforms` for the arguments and errors.
     """
     has_weights = path.startswith(OPEN_CLIP_SCHEMES)
-    with loading("clip_vision_encoder_path (--vision_encoder_path)", path):
+    with loading("clip_vision_encoder_path", path):
         check_vision_encoder(path, open_clip.list_models())
         name, preprocessing = find_config(path, cache_dir)
     if has_weights and pretrained and not is_file_name(pretrained):
-        logger.info("%s brings its own weights: %r (--vision_encoder_pretrained) is not used", path, pretrained)
+        logger.info("%s brings its own weights: %r is not used", path, pretrained)
         pretrained = None
 
     tower: Any
     if not pretrained:
-        with loading("clip_vision_encoder_path (--vision_encoder_path)", path):
+        with loading("clip_vision_encoder_path", path):
             tower = load_clip(path, None, cache_dir).visual if has_weights and not meta else build_tower(name, meta)
     else:
-        with loading("clip_vision_encoder_pretrained (--vision_encoder_pretrained)", pretrained):
+        with loading("clip_vision_encoder_pretrained", pretrained):
             check_vision_weights(pretrained, path)
             if not is_file_name(pretrained):
                 check_tag(pretrained, name, path)
@@ -284,7 +284,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A tokenizer with the model's special tokens added to those that it has."""
     with (
-        loading("tokenizer_path (--tokenizer_path, by default that of --lm_path)", path),
+        loading("tokenizer_path", path),
         explain_remote_code_error(trust_remote_code),
     ):
         check_tokenizer(path)
@@ -323,7 +323,7 @@ def load_language_model(
         "cache_dir": cache_dir,
     }
     model: Any
-    with loading("lang_encoder_path (--lm_path)", path), explain_remote_code_error(trust_remote_code):
+    with loading("lang_encoder_path", path), explain_remote_code_error(trust_remote_code):
         check_language_model(path)
         if meta:
             config = AutoConfig.from_pretrained(path, **where)
@@ -344,6 +344,6 @@ def explain_remote_code_error(trusted: bool) -> Iterator[None]:
         if trusted or "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            "it brings Python code of its own, which could do anything. Read it, and if you trust it add "
-            "--trust_remote_code (in Python: trust_remote_code=True)"
+            "it brings Python code of its own, which could do anything. Read it, and if you trust it pass "
+            "trust_remote_code=True"
         ) from error

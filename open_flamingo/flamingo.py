@@ -3,7 +3,7 @@
 After Flamingo (Alayrac et al. 2022) and open-flamingo 2.0.1, whose interface and parameter names this keeps.
 
 Dimensions: B batch, T text tokens, I image slots, N most images of a row, M images in all, F frames (1), V patch tokens,
-L latents an image, D width of text, E width of images.
+L latents per image, D width of text, E width of images.
 """
 
 import inspect
@@ -324,5 +324,5 @@ def check_is_causal(lang_encoder: nn.Module) -> None:
     if getattr(getattr(lang_encoder, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; a decoder-only language model is needed")
     if not hasattr(lang_encoder, "get_output_embeddings") or output_head(lang_encoder) is None:
-        raise ValueError(f"{name} has no language-modelling head; load it with AutoModelForCausalLM")
+        raise ValueError(f"{name} has no language-modeling head; load it with AutoModelForCausalLM")
     input_embedding(lang_encoder)

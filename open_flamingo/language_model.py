@@ -7,7 +7,7 @@ The model is taken as it is: found by structure, its own `forward` and `generate
 2. The rows of the new tokens become a small parameter, `new_rows`, beside the frozen embedding matrix: the optimizer
    keeps state for two rows instead of the vocabulary, and the matrix never gets a gradient.
 
-Dimensions: B batch, T text tokens, N images, L latents an image, E image width, D text width, K new tokens.
+Dimensions: B batch, T text tokens, N images, L latents per image, E image width, D text width, K new tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The language-modelling loss, with logits only where a label counts.
+"""The language-modeling loss, with logits only where a label counts.
 
 Of a batch of B × T tokens and a vocabulary of V, the full logits are the largest tensor of a step by far (B·T·V), and
 most of their rows have no label. Here the hidden states of labeled positions are picked first, and logits are made of
@@ -7,7 +7,7 @@ hidden states are kept for the backward pass: no logits are, and none are made t
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,15 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .language_model import heads_are_tied, input_embedding, output_head
 
-IGNORED = -100
-"""The label of a token that does not count."""
-
-MAX_LOGITS = 2**24
-"""Bytes of logits alive at once: in bfloat16 some 160 positions of a vocabulary of 50,000. Each piece reads the head's matrix anew."""
-MAX_LOGITS_ON_GPU = 2**26
-"""More there, where few rows would leave the matrix units idle."""
-MAX_SUMMED = 2**20
-"""Logits that are in float32 at once, on a CPU: they stay in its cache until their gradient is made. A GPU takes a piece whole."""
+IGNORED = -100  # the label of a token that does not count
+# Bytes of logits alive at once: on a CPU some 160 positions of a vocabulary of 50,000 in bfloat16, so that they stay near its cache;
+# on a GPU few rows would leave the matrix units idle. Each piece reads the head's matrix again.
+MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**24, 2**26
 
 
 class LabeledPositions(NamedTuple):
@@ -56,9 +51,8 @@ def labeled_positions(labels: Tensor, device: torch.device) -> LabeledPositions:
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     """`tensor` on `device`. From the CPU to a GPU, without waiting for what is queued there."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(
-            device, non_blocking=True
-        )  # from other memory, not to wait is not to be relied on
+        # From other memory, the copy may wait.
+        return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
@@ -75,9 +69,8 @@ def labeled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tens
     hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
     device_type, vocabulary = hidden_states.device.type, len(input_embedding(lang_encoder).weight)
     dtype = _autocast_dtype(device_type) or hidden_states.dtype
-    chunk = (MAX_LOGITS if device_type == "cpu" else MAX_LOGITS_ON_GPU) // dtype.itemsize // vocabulary
-    summed = MAX_SUMMED // vocabulary if device_type == "cpu" else chunk
-    chunk, summed = max(1, chunk), max(1, summed)
+    max_logits = MAX_LOGITS if device_type == "cpu" else MAX_LOGITS_ON_GPU
+    chunk = max(1, max_logits // dtype.itemsize // vocabulary)
     owner = input_embedding(lang_encoder) if heads_are_tied(lang_encoder) else output_head(lang_encoder)
     trained_rows = [] if owner is None else [p for p in owner.parameters() if p.requires_grad]
     with _head_in_the_type_of_products(lang_encoder, device_type):
@@ -89,7 +82,7 @@ def labeled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tens
             total = torch.stack(losses).sum()
         elif torch.is_grad_enabled():
             logits = partial(logits_of, lang_encoder)
-            total = _SummedLoss.apply(logits, chunk, summed, hidden_states, targets, *trained_rows)
+            total = _SummedLoss.apply(logits, chunk, hidden_states, targets, *trained_rows)
         else:
             total = hidden_states.new_zeros((), dtype=torch.float32)
             for piece in pieces:
@@ -105,7 +98,7 @@ def _summed_loss(lang_encoder: nn.Module, hidden_states: Tensor, targets: Tensor
 def _head_in_the_type_of_products(lang_encoder: nn.Module, device_type: str) -> Iterator[None]:
     """Within this `with`, a frozen output head's matrix is in the type that autocast computes products in.
 
-    It is held in float32, as checkpoints hold it, and autocast would convert it anew for every piece of the logits.
+    It is held in float32, as checkpoints hold it, and autocast would convert it again for every piece of the logits.
     """
     parameters = getattr(output_head(lang_encoder), "_parameters", {})
     weight = parameters.get("weight")
@@ -128,14 +121,13 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 class _SummedLoss(torch.autograd.Function):
     """The sum of the cross entropies of the logits of pieces of `chunk` rows, and its gradients with respect to `hidden`
-    and `trained`, which the forward pass takes piece by piece. Of a piece, `summed` rows at a time are in float32."""
+    and `trained`, which the forward pass takes piece by piece."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits_of_hidden: Callable[[Tensor], Tensor],
         chunk: int,
-        summed: int,
         hidden: Tensor,
         targets: Tensor,
         *trained: Tensor,
@@ -147,7 +139,7 @@ class _SummedLoss(torch.autograd.Function):
             piece = hidden[place : place + chunk].detach().requires_grad_()
             with torch.enable_grad():
                 logits = logits_of_hidden(piece)
-            total += _loss_and_gradient(logits.detach(), targets[place : place + chunk], summed)
+            total += _loss_and_gradient(logits.detach(), targets[place : place + chunk])
             of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], logits.detach())
             del logits  # before the next ones are made
             hidden_gradient[place : place + chunk] = of_piece
@@ -158,40 +150,25 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        return (
-            None,
-            None,
-            None,
-            *_scaled(ctx.saved_tensors[:1], outputs[0]),
-            None,
-            *_scaled(ctx.saved_tensors[1:], outputs[0]),
-        )
+        of_hidden, *of_trained = ((tensor.float() * outputs[0]).to(tensor.dtype) for tensor in ctx.saved_tensors)
+        return None, None, of_hidden, None, *of_trained
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, summed: int) -> Tensor:
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum of the cross entropies, float32[]. `logits` [P, V] become its gradient with respect to them.
 
     The gradient of -log softmax(logits)[target] is softmax(logits) - onehot(target). Autograd would make four more tensors of
     this size.
-
-    Args:
-        summed: rows in float32 at once.
     """
-    total = logits.new_zeros((), dtype=torch.float32)
-    for rows, target in zip(logits.split(summed), targets[:, None].split(summed)):
-        values = rows.float()  # themselves, if they are
-        values.sub_(values.amax(1, keepdim=True))
-        of_target = values.gather(1, target)
-        sums = values.exp_().sum(1, keepdim=True)
-        total += (sums.log() - of_target).sum()
-        values.div_(sums).scatter_add_(1, target, sums.new_full((), -1.0).expand(target.shape))
-        if values is not rows:
-            rows.copy_(values)
+    values, targets = logits.float(), targets[:, None]  # float32 values are the logits themselves
+    values.sub_(values.amax(1, keepdim=True))
+    of_target = values.gather(1, targets)
+    sums = values.exp_().sum(1, keepdim=True)
+    total = (sums.log() - of_target).sum()
+    values.div_(sums).scatter_add_(1, targets, sums.new_full((), -1.0).expand(targets.shape))
+    if values is not logits:
+        logits.copy_(values)
     return total
-
-
-def _scaled(tensors: Sequence[Tensor], by: Tensor) -> list[Tensor]:
-    return [(tensor.float() * by).to(tensor.dtype) for tensor in tensors]
 
 
 def full_loss(logits: Tensor, positions: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Patch tokens out of any OpenCLIP vision tower.
 
-OpenCLIP gives one pooled vector an image; a Flamingo needs the tokens before pooling. For OpenCLIP's own ViTs these are
+OpenCLIP gives one pooled vector per image; a Flamingo needs the tokens before pooling. For OpenCLIP's own ViTs these are
 the last block's output *before* the final layer norm `ln_post`: that is what released OpenFlamingo weights were trained
 on. OpenCLIP ≥ 2.24 applies `ln_post` to the tokens it returns unless a tower's config says otherwise, so the tower's
 own output is not used here.

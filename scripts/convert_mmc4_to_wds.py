@@ -25,21 +25,22 @@ import argparse
 import io
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import tarfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO, Any
+from typing import Any
+
+from open_flamingo.train.atomic import atomic_write
 
 SETTINGS = "convert.json"
 FINISHED = "convert.shards.jsonl"
-JPEG_QUALITY = 75  # the reference's (Pillow's default); training leaves out pictures of fewer than 11,000 such bytes
+JPEG_QUALITY = 75  # the reference's (Pillow's default); training leaves out images of fewer than 11,000 such bytes
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,15 @@ class Piece:
 class Job:
     """One shard to write."""
 
-    path: str
-    pieces: list[Piece]
-
-
-@dataclass
-class Report:
-    """What became of the documents and images of one shard, or of all."""
-
-    shard: str = ""
-    counts: Counter[str] = field(default_factory=Counter)
+    path: Path
+    pieces: list[Piece] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line. Raises SystemExit with a message where the input cannot be used."""
     args = parse_args(argv)
     try:
-        convert(args.output_dir, args.zip_files, args.image_dir, args.num_files_per_shard, args.workers)
+        convert(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -100,67 +93,62 @@ def _positive(text: str) -> int:
     return value
 
 
-def convert(output_dir: Path, zip_files: str, image_dir: Path, num_files_per_shard: int, workers: int) -> Report:
-    """Writes the shards that are not there yet, and prints what was missing in all of them.
+def convert(args: argparse.Namespace) -> None:
+    """Writes the shards that do not exist yet, and prints what was missing in all of them.
 
-    Raises ValueError if no zip is found, or if `output_dir` holds shards of another input.
+    Raises ValueError if no zip is found, or if --output_dir holds shards of another input.
     """
     from braceexpand import braceexpand
     from tqdm import tqdm
 
-    zips = list(braceexpand(os.path.expanduser(zip_files)))
+    out: Path = args.output_dir
+    zips = list(braceexpand(os.path.expanduser(args.zip_files)))
     missing_zips = [path for path in zips if not os.path.isfile(path)]
     if len(missing_zips) == len(zips):
-        raise ValueError(f"--zip_files {zip_files!r} matches no file; the first one looked for is {zips[0]}")
-    if not image_dir.is_dir():
-        raise ValueError(f"--image_dir {image_dir} is not a folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in output_dir.glob(".*.tmp"):  # of a run that was killed
+        raise ValueError(f"--zip_files {args.zip_files!r} matches no file; the first one looked for is {zips[0]}")
+    if not args.image_dir.is_dir():
+        raise ValueError(f"--image_dir {args.image_dir} is not a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(".*.tmp"):  # of a run that was killed
         leftover.unlink()
 
-    with _pool(workers) as run:
-        documents = _documents(output_dir, zips, missing_zips, num_files_per_shard, run)
-        jobs = _jobs(output_dir, zips, documents, image_dir, num_files_per_shard)
-        finished = _read_finished(output_dir, {Path(job.path).name for job in jobs})
-        to_do = [job for job in jobs if Path(job.path).name not in finished]
-        done_before = sum(report.counts["documents"] + report.counts["bad_documents"] for report in finished.values())
+    with _pool(args.workers) as run:
+        documents = _count_documents(out, zips, missing_zips, args.num_files_per_shard, run)
+        jobs = _plan(args, zips, documents)
+        finished = _read_finished(out, {job.path.name for job in jobs})
+        done = sum(counts["documents"] + counts["bad_documents"] for counts in finished.values())
         with (
-            tqdm(total=sum(documents), initial=done_before, unit="document") as bar,
-            open(output_dir / FINISHED, "a", encoding="utf-8") as listing,
+            tqdm(total=sum(documents), initial=done, unit="document") as bar,
+            open(out / FINISHED, "a", encoding="utf-8") as listing,
         ):
-            for report in run(write_shard, to_do):
-                listing.write(json.dumps({"shard": report.shard, "counts": report.counts}) + "\n")
+            for shard, counts in run(write_shard, [job for job in jobs if job.path.name not in finished]):
+                listing.write(json.dumps({"shard": shard, "counts": counts}) + "\n")
                 listing.flush()
-                finished[report.shard] = report
-                bar.update(report.counts["documents"] + report.counts["bad_documents"])
-
-    total = Report(counts=sum((report.counts for report in finished.values()), Counter()))
-    _summarise(output_dir, jobs, total.counts, missing_zips)
-    return total
+                finished[shard] = counts
+                bar.update(counts["documents"] + counts["bad_documents"])
+    _print_summary(out, len(jobs), sum(finished.values(), Counter()), missing_zips)
 
 
-def _documents(output_dir: Path, zips: list[str], missing: list[str], num_files_per_shard: int, run: Any) -> list[int]:
+def _count_documents(out: Path, zips: list[str], missing: list[str], per_shard: int, run: Any) -> list[int]:
     """How many documents each zip has. Counted once; then kept, with all that decides which document goes where."""
     from tqdm import tqdm
 
-    inputs = {path: None if path in missing else os.path.getsize(path) for path in zips}
-    settings = {"num_files_per_shard": num_files_per_shard, "zip_sizes": inputs}
-    path = output_dir / SETTINGS
+    sizes = {path: None if path in missing else os.path.getsize(path) for path in zips}
+    settings = {"num_files_per_shard": per_shard, "zip_sizes": sizes}
+    path = out / SETTINGS
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if saved[name] != value:
                 raise ValueError(
-                    f"{output_dir} holds shards of another {name}: {_difference(saved[name], value)}. "
-                    "Use the same input, or another --output_dir"
+                    f"{out} holds shards of another {name}: {_difference(saved[name], value)}. Use the same input, or another "
+                    "--output_dir"
                 )
         return saved["documents"]
-    there = [zip_path for zip_path in zips if zip_path not in missing]
-    counted = dict(
-        zip(there, tqdm(run(count_documents, there), total=len(there), desc="counting", unit="zip"), strict=True)
-    )
-    documents = [counted.get(zip_path, 0) for zip_path in zips]
-    with replacing(path) as file:
+    found = [zip_path for zip_path in zips if zip_path not in missing]
+    counts = dict(zip(found, tqdm(run(count_documents, found), total=len(found), desc="counting", unit="zip")))
+    documents = [counts.get(zip_path, 0) for zip_path in zips]
+    with atomic_write(path) as file:
         file.write(json.dumps({**settings, "documents": documents}).encode())
     return documents
 
@@ -169,45 +157,38 @@ def _difference(old: Any, new: Any) -> str:
     if not isinstance(old, dict):
         return f"{old}, now {new}"
     changed = [key for key in {**old, **new} if old.get(key, "absent") != new.get(key, "absent")]
-    first = changed[0] if changed else "their order"
-    return f"{len(changed)} differ, the first is {first}" if changed else f"{first} differs"
+    return f"{len(changed)} differ, the first is {changed[0]}" if changed else "their order differs"
 
 
-def _jobs(
-    output_dir: Path, zips: list[str], documents: list[int], image_dir: Path, num_files_per_shard: int
-) -> list[Job]:
+def _plan(args: argparse.Namespace, zips: list[str], documents: list[int]) -> list[Job]:
     jobs: list[Job] = []
     room = 0  # in the last shard
     for index, (path, count) in enumerate(zip(zips, documents, strict=True)):
         start = 0
         while start < count:
             if room == 0:
-                jobs.append(Job(str(output_dir / f"{len(jobs):09d}.tar"), []))
-                room = num_files_per_shard
+                jobs.append(Job(args.output_dir / f"{len(jobs):09d}.tar"))
+                room = args.num_files_per_shard
             end = min(count, start + room)
-            jobs[-1].pieces.append(Piece(index, path, str(image_dir / str(index)), start, end))
+            jobs[-1].pieces.append(Piece(index, path, str(args.image_dir / str(index)), start, end))
             room -= end - start
             start = end
     return jobs
 
 
-def _read_finished(output_dir: Path, names: set[str]) -> dict[str, Report]:
-    """Reports of the shards that are listed and there."""
-    finished = {}
-    path = output_dir / FINISHED
+def _read_finished(out: Path, names: set[str]) -> dict[str, Counter[str]]:
+    """Shard → counts, of the shards that are listed and exist."""
+    path = out / FINISHED
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):  # killed while it wrote the line: that shard is written again
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write("".join(whole).encode())
-    for line in whole:
-        entry = json.loads(line)
-        if entry["shard"] in names and (output_dir / entry["shard"]).exists():
-            finished[entry["shard"]] = Report(entry["shard"], Counter(entry["counts"]))
-    return finished
+    entries = {entry["shard"]: Counter(entry["counts"]) for entry in map(json.loads, whole)}
+    return {shard: counts for shard, counts in entries.items() if shard in names and (out / shard).exists()}
 
 
-# --------------------------------------------------------------------------------------------------------- in the workers
+# ------------------------------------------------------------------------------------------------- in the worker processes
 
 
 @contextmanager
@@ -229,24 +210,24 @@ def count_documents(path: str) -> int:
         raise ValueError(f"{path} is not a readable zip of documents: {error}") from error
 
 
-def write_shard(job: Job) -> Report:
-    """Writes one shard, whole or not at all."""
-    report = Report(Path(job.path).name)
-    with replacing(Path(job.path)) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+def write_shard(job: Job) -> tuple[str, Counter[str]]:
+    """Writes one shard, whole or not at all; returns its name and what became of its documents and images."""
+    counts: Counter[str] = Counter()
+    with atomic_write(job.path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for piece in job.pieces:
             with _open_documents(piece.zip_path) as lines:
-                for line_number, line in enumerate(islice(lines, piece.start, piece.end), piece.start):
-                    document = _read_document(line, piece.image_dir, report.counts)
+                for number, line in enumerate(islice(lines, piece.start, piece.end), piece.start):
+                    document = _read_document(line, piece.image_dir, counts)
                     if document is None:
-                        report.counts["bad_documents"] += 1
+                        counts["bad_documents"] += 1
                         continue
                     # Neither time nor user: the same input gives the same bytes.
-                    info = tarfile.TarInfo(f"{piece.zip_index:06d}_{line_number:06d}.json")
+                    info = tarfile.TarInfo(f"{piece.zip_index:06d}_{number:06d}.json")
                     data = json.dumps(document).encode()
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-                    report.counts["documents"] += 1
-    return report
+                    counts["documents"] += 1
+    return job.path.name, counts
 
 
 def _read_document(line: bytes, image_dir: str, counts: Counter[str]) -> dict[str, Any] | None:
@@ -258,9 +239,7 @@ def _read_document(line: bytes, image_dir: str, counts: Counter[str]) -> dict[st
         return None
     for info, name in infos:
         path = os.path.normpath(str(name))
-        if (
-            os.path.isabs(path) or path.startswith("..") or "\0" in path
-        ):  # a document must not reach other files of ours
+        if os.path.isabs(path) or path.startswith("..") or "\0" in path:  # a document must not reach other files
             counts["bad_images"] += 1
             continue
         try:
@@ -285,54 +264,39 @@ def _read_image(path: str) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is written and flushed; if that fails, `path` is as before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Any]:
+def _pool(workers: int) -> Iterator[Callable[..., Any]]:
     """`map`, in `workers` processes; results in order, as they come."""
     if workers == 1:
         yield map
         return
-    with multiprocessing.Pool(workers, initializer=_end_with_parent) as pool:
+    with multiprocessing.Pool(workers, initializer=_exit_with_parent) as pool:
         yield pool.imap
 
 
-def _end_with_parent() -> None:
-    """Without this, a worker of a killed run would wait for work for ever, after finishing what it had."""
+def _exit_with_parent() -> None:
+    """Without this, a worker of a killed run would wait for work forever, after finishing what it had."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None
-        multiprocessing.connection.wait([parent.sentinel])
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _summarise(output_dir: Path, jobs: list[Job], counts: Counter[str], missing_zips: list[str]) -> None:
-    print(f"{counts['documents']:,} documents in {len(jobs):,} shards, {counts['images']:,} images")
+def _print_summary(out: Path, shards: int, counts: Counter[str], missing_zips: list[str]) -> None:
+    print(f"{counts['documents']:,} documents in {shards:,} shards, {counts['images']:,} images")
     print(f"missing: {counts['missing_images']:,} images, {len(missing_zips):,} zips", end="; ")
     print(f"unreadable: {counts['bad_images']:,} images, {counts['bad_documents']:,} documents")
     for path in missing_zips[:10]:
         print(f"  no such zip: {path}")
     if counts["documents"] and not counts["images"]:
         print(
-            "NO IMAGE WAS FOUND: nothing can be learnt from these shards. --image_dir holds one folder a zip: 0, 1, …"
+            "NO IMAGE WAS FOUND: nothing can be learned from these shards. --image_dir holds a folder per zip: 0, 1, …"
         )
-    elif jobs:
-        print(f"train on them with --mmc4_shards '{output_dir}/{{{0:09d}..{len(jobs) - 1:09d}}}.tar'")
+    elif shards:
+        print(f"train on them with --mmc4_shards '{out}/{{{0:09d}..{shards - 1:09d}}}.tar'")
 
 
 if __name__ == "__main__":

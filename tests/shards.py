@@ -18,23 +18,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 210), "yellow": (220, 200, 50)}
+COLORS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 210), "yellow": (220, 200, 50)}
 NOUNS = ["fox", "dog", "house", "river", "tree", "boat"]
 FILLER = ["It was a long day.", "Nobody said a word.", "The road went on.", "Then it began to rain."]
 
 
-def picture(rng: np.random.Generator, colour: str, size: tuple[int, int] = (64, 48), noise: int = 20) -> bytes:
-    """A JPEG of one colour with noise on it. `size` is (width, height)."""
+def picture(rng: np.random.Generator, color: str, size: tuple[int, int] = (64, 48), noise: int = 20) -> bytes:
+    """A JPEG of one color with noise on it. `size` is (width, height)."""
     width, height = size
-    pixels = np.array(COLOURS[colour]) + rng.integers(-noise, noise + 1, size=(height, width, 3))
+    pixels = np.array(COLORS[color]) + rng.integers(-noise, noise + 1, size=(height, width, 3))
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, format="JPEG", quality=90)
     return buffer.getvalue()
 
 
-def big_picture(rng: np.random.Generator, colour: str) -> bytes:
+def big_picture(rng: np.random.Generator, color: str) -> bytes:
     """A JPEG of at least 11,000 bytes: MMC4 drops smaller images as icons, so these are mostly noise."""
-    data = picture(rng, colour, size=(144, 120), noise=120)
+    data = picture(rng, color, size=(144, 120), noise=120)
     assert len(data) >= 11_000
     return data
 
@@ -55,17 +55,17 @@ def pattern_of(folder: Path, stem: str, shards: int) -> str:
 
 
 def write_laion(folder: str | Path, shards: int = 2, samples: int = 8, seed: int = 0) -> str:
-    """`shards` tars of `samples` pairs of jpg and txt each, the caption naming the colour. Returns the pattern."""
+    """`shards` tars of `samples` pairs of jpg and txt each, the caption naming the color. Returns the pattern."""
     folder = Path(folder)
     for shard in range(shards):
         files = []
         for sample in range(samples):
             rng = np.random.default_rng([seed, 0, shard, sample])
-            colour = str(rng.choice(list(COLOURS)))
-            caption = f"a {colour} {rng.choice(NOUNS)}, number {shard * samples + sample}"
+            color = str(rng.choice(list(COLORS)))
+            caption = f"a {color} {rng.choice(NOUNS)}, number {shard * samples + sample}"
             key = f"{shard:04d}{sample:05d}"
             size = (int(rng.integers(40, 90)), int(rng.integers(40, 90)))
-            files += [(f"{key}.jpg", picture(rng, colour, size)), (f"{key}.txt", caption.encode())]
+            files += [(f"{key}.jpg", picture(rng, color, size)), (f"{key}.txt", caption.encode())]
         write_tar(folder / f"laion-{shard:06d}.tar", files)
     return pattern_of(folder, "laion", shards)
 
@@ -75,20 +75,20 @@ def document(rng: np.random.Generator, images: int, number: int, low: float = 10
 
     The sentence of picture i is not the i-th: assignments cross, as in real documents.
     """
-    colours = [str(rng.choice(list(COLOURS))) for _ in range(images)]
+    colors = [str(rng.choice(list(COLORS))) for _ in range(images)]
     sentences = [str(rng.choice(FILLER)) for _ in range(images + 2)]
     places = rng.permutation(len(sentences))[:images]
     similarity = np.full((images, len(sentences)), low) + rng.random((images, len(sentences)))
     for image, place in enumerate(places):
-        sentences[place] = f"A {colours[image]} {rng.choice(NOUNS)}."
+        sentences[place] = f"A {colors[image]} {rng.choice(NOUNS)}."
         similarity[image, place] = high + rng.random()
     sentences[-1] += f" Document {number}."
     return {
         "text_list": sentences,
         "similarity_matrix": similarity.round(4).tolist(),
         "image_info": [
-            {"image_name": f"{number}-{i}.jpg", "image_base64": base64.b64encode(big_picture(rng, colour)).decode()}
-            for i, colour in enumerate(colours)
+            {"image_name": f"{number}-{i}.jpg", "image_base64": base64.b64encode(big_picture(rng, color)).decode()}
+            for i, color in enumerate(colors)
         ],
     }
 
@@ -97,10 +97,10 @@ def synthetic_document(rng: np.random.Generator, images: int, number: int) -> di
     """A document of the `is_gpt` kind: the text holds markers, and `image_map` says which picture each stands for."""
     parts, image_map = [f"Story {number}."], {}
     for i in range(images):
-        colour = str(rng.choice(list(COLOURS)))
+        color = str(rng.choice(list(COLORS)))
         marker = f"_!_IMAGE{i + 1}_!_"
-        parts.append(f"{marker} A {colour} {rng.choice(NOUNS)}.")
-        image_map[marker] = {"base64_image": base64.b64encode(picture(rng, colour)).decode()}
+        parts.append(f"{marker} A {color} {rng.choice(NOUNS)}.")
+        image_map[marker] = {"base64_image": base64.b64encode(picture(rng, color)).decode()}
     return {"is_gpt": True, "example": " ".join(parts), "image_map": image_map}
 
 

@@ -54,7 +54,7 @@ def test_without_the_reference_in_turns(folder: Path) -> None:
     comparison = steps.compare(SHAPES["toy"], "fp32", 2, 1, only_ours=True, resident=False, chunks=2)
     ours = comparison.programs["ours"]
     assert len(ours.seconds) == 4
-    assert all(ours.parts[part] > 0 for part in ("vision", "resampler", "language model backward", "optimiser"))
+    assert all(ours.parts[part] > 0 for part in ("vision", "resampler", "language model backward", "optimizer"))
 
 
 def test_a_day_on_a_gpu_keeps_what_it_has(

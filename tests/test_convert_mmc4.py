@@ -33,8 +33,8 @@ def write_mmc4_download(
     for index in range(zips):
         (folder / "images" / str(index)).mkdir(parents=True)
         for name in range(3):
-            colour = ["red", "green", "blue"][name]
-            (folder / "images" / str(index) / f"{name}.png").write_bytes(picture(rng, colour, size, noise=120))
+            color = ["red", "green", "blue"][name]
+            (folder / "images" / str(index) / f"{name}.png").write_bytes(picture(rng, color, size, noise=120))
         lines = []
         for number in range(documents):
             document = {

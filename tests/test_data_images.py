@@ -106,7 +106,7 @@ def test_every_kind_of_image() -> None:
         "jpeg 4:2:2": encoded(rgb, "JPEG", subsampling=1),
         "progressive": encoded(rgb, "JPEG", progressive=True),
         "rotated": encoded(rgb, "JPEG", exif=exif),
-        "grey": encoded(rgb.convert("L"), "JPEG"),
+        "gray": encoded(rgb.convert("L"), "JPEG"),
         "cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
         "extra bytes": encoded(rgb, "JPEG") + b"extra",
         "rgba": encoded(alpha),
@@ -125,7 +125,7 @@ def test_truncated_and_broken_images_are_errors() -> None:
     jpeg = encoded(Image.fromarray(pixels(90, 70)), "JPEG")
     png = encoded(Image.fromarray(pixels(90, 70)))
     for data in (jpeg[:-200], png[:-200], jpeg[:20], b"", b"no image", b"\xff\xd8\xff" + bytes(5000)):
-        assert not prepare.too_large(data)
+        assert not prepare.exceeds_max_pixels(data)
         with pytest.raises(SampleError, match="corrupt_image"):
             prepare(data)
 
@@ -135,11 +135,11 @@ def test_size_is_known_without_decoding() -> None:
     assert image_size(encoded(Image.fromarray(pixels(90, 70)))[:800]) == (90, 70)
     assert image_size(b"no image") is None
     data = encoded(Image.new("L", (20_000, 10_000)), optimize=False)  # what Pillow calls a decompression bomb
-    assert ImagePreparer(image_processor(), max_pixels=10**12).too_large(data)
-    assert ImagePreparer(image_processor(), max_pixels=None).too_large(data)
+    assert ImagePreparer(image_processor(), max_pixels=10**12).exceeds_max_pixels(data)
+    assert ImagePreparer(image_processor(), max_pixels=None).exceeds_max_pixels(data)
     small = encoded(Image.fromarray(pixels(90, 70)))
-    assert ImagePreparer(image_processor(), max_pixels=6299).too_large(small)
-    assert not ImagePreparer(image_processor(), max_pixels=6300).too_large(small)
+    assert ImagePreparer(image_processor(), max_pixels=6299).exceeds_max_pixels(small)
+    assert not ImagePreparer(image_processor(), max_pixels=6300).exceeds_max_pixels(small)
 
 
 def test_flip_mirrors() -> None:

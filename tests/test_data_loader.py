@@ -211,7 +211,7 @@ def test_workers_that_do_not_divide_the_batch_are_lowered(caplog: pytest.LogCapt
         assert resolve_workers(0, 8, 2) == 0
         assert not caplog.records
         assert resolve_workers(3, 8, 2) == 2
-        assert "2 loader workers a rank instead of 3: a batch of 8" in caplog.text
+        assert "2 loader workers per rank instead of 3: a batch of 8" in caplog.text
     assert resolve_workers(6, 7, 1) == 1
     assert resolve_workers(6, 12, 2, lanes=16) == 4
     assert resolve_workers(6, 12, 2, lanes=2) == 1

@@ -1,4 +1,4 @@
-"""Texts that are longer than what is used of them: only their beginning is tokenised, and nothing of it may differ."""
+"""Texts that are longer than what is used of them: only their beginning is tokenized, and nothing of it may differ."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def wrapped(backend: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["byte-level BPE", "Unigram", "WordPiece"])
-def test_only_the_beginning_of_a_long_text_is_tokenised(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_beginning_of_a_long_text_is_tokenized(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     used = {
         "byte-level BPE": tokenizer,
         "Unigram": lambda: wrapped(unigram()),

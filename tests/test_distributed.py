@@ -70,7 +70,7 @@ def test_the_slowest_rank_s_wait_for_data_is_logged(flags: list[str], tmp_path: 
     assert lines[-1]["data_wait"] > 0.3  # rank 0's own is next to nothing
 
 
-def test_gradients_are_synchronised_once_an_update_in_the_same_buckets_from_the_first_on(flags: list[str]) -> None:
+def test_gradients_are_synchronized_once_an_update_in_the_same_buckets_from_the_first_on(flags: list[str]) -> None:
     """With three or more ranks, other buckets mean another order of additions: a resumed run would not be the same."""
     output = finished(torchrun(2, ROOT / "tests" / "count_reductions.py", *flags, "--gradient_accumulation_steps=3"))
     first, second = (list(map(int, line.split())) for line in re.findall(r"^buckets (.*)$", output, re.MULTILINE))

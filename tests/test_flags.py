@@ -246,7 +246,7 @@ def test_a_language_model_without_a_tokenizer_asks_for_one(refusal, tmp_path: Pa
         ("--vision_encoder_pretrained", "openia", "neither a file nor an OpenCLIP weight tag of"),
         ("--vision_encoder_pretrained", "{tmp}/not.pt", "do not fit the vision encoder"),
         ("--tokenizer_path", "{tmp}/no_eos", "the tokenizer has no eos_token"),
-        ("--lm_path", "no/such-model", "--tokenizer_path, by default that of --lm_path"),
+        ("--lm_path", "no/such-model", "--tokenizer_path (by default that of --lm_path)"),
         ("--cross_attn_every_n_layers", "3", "must be 1 to 2 for this model, not 3"),
     ],
 )

@@ -239,8 +239,8 @@ def test_code_of_a_language_model_runs_only_with_the_flag(
     assert refused.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "cannot build the model" in line]
     assert str(own_code) in line
-    assert "add --trust_remote_code" in line
-    with pytest.raises(ValueError, match=r"--lm_path.*add --trust_remote_code"):
+    assert "pass --trust_remote_code" in line
+    with pytest.raises(ValueError, match=r"lang_encoder_path.*pass trust_remote_code=True"):
         load_language_model(str(own_code), vocabulary=1, meta=True)
     assert not mark.exists()
 
@@ -252,7 +252,7 @@ def test_code_of_a_language_model_runs_only_with_the_flag(
 def test_code_of_a_tokenizer_runs_only_with_the_flag(own_code: Path, mark: Path) -> None:
     auto_map = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
     edit(own_code / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=auto_map)
-    with pytest.raises(ValueError, match=r"--tokenizer_path.*add --trust_remote_code"):
+    with pytest.raises(ValueError, match=r"tokenizer_path.*pass trust_remote_code=True"):
         load_tokenizer(str(own_code))
     assert not mark.exists()
     load_tokenizer(str(own_code), trust_remote_code=True)

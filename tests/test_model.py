@@ -78,7 +78,7 @@ def test_image_counts_given_by_the_caller_change_nothing() -> None:
 
 @pytest.mark.parametrize("slots", [0, 2])
 def test_a_batch_without_images_gives_every_parameter_a_gradient_of_its_own(slots: int) -> None:
-    """Else data parallelism waits for ever for the gradient of the resampler."""
+    """Else data parallelism waits forever for the gradient of the resampler."""
     model = flamingo(language_model("opt", True))
     token_ids = torch.tensor([[3, 4, 5, 6]])
     model(torch.full((1, slots, 1, 3, 8, 8), 0.5), token_ids, labels=token_ids).loss.backward()
@@ -250,7 +250,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero() -> None:
 
 @pytest.mark.parametrize("family", ["opt", "gemma2", "gpt_neox", "mpt"])
 def test_autocast(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("open_flamingo.loss.MAX_SUMMED", 3 * VOCABULARY)  # of more positions, logits are bfloat16
+    monkeypatch.setattr("open_flamingo.loss.MAX_LOGITS", 3 * VOCABULARY * 2)
     model, (token_ids, mask, labels) = flamingo(language_model(family, True)), text()
     exact = model(images(3, 2), token_ids, mask, labels).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -475,7 +475,7 @@ def test_models_that_do_not_fit_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         flamingo(t5)
-    with pytest.raises(ValueError, match="LlamaModel has no language-modelling head"):
+    with pytest.raises(ValueError, match="LlamaModel has no language-modeling head"):
         flamingo(language_model("llama", True).model)
     with pytest.raises(ValueError, match=r"its lists are: model\.layers"):
         flamingo(language_model("llama", True), decoder_layers_attr_name="transformer.h")

@@ -83,7 +83,7 @@ def test_on_a_device_of_its_own_nothing_is_elsewhere_and_little_waits(
     for of_epoch in waits:
         assert of_epoch.pop("health.py:agree") == 4 * 2
         assert of_epoch.pop("health.py:check_finite") == 1
-        assert of_epoch.pop("health.py:settle") == 1
+        assert of_epoch.pop("health.py:flush") == 1
         assert of_epoch.pop("libraries.py:adamw_scales_and_skips") == 3  # at the start
         assert of_epoch.pop("report.py:measure") == 2
         assert of_epoch.pop("precision.py:state_dict", 0) == (3 * (2 + 1) if "--precision=fp16" in how else 0)

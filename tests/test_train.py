@@ -381,7 +381,7 @@ def test_a_scheduler_of_the_reference_reads_our_checkpoint(flags: list[str], tmp
 
 
 def test_a_checkpoint_of_the_reference_in_mid_run_goes_on(flags: list[str], tmp_path: Path) -> None:
-    """Its optimiser holds moments of the whole embedding matrix, by index; ours of two rows."""
+    """Its optimizer holds moments of the whole embedding matrix, by index; ours of two rows."""
     main([*flags, f"--run_name={tmp_path / 'ours'}"])
     ours = load(tmp_path / "ours" / "checkpoint_0.pt")
     embedding = "lang_encoder.model.decoder.embed_tokens.weight"
@@ -405,7 +405,7 @@ def test_a_checkpoint_of_the_reference_in_mid_run_goes_on(flags: list[str], tmp_
     first, whole = metrics(tmp_path / "on")[0], metrics(tmp_path / "ours")
     assert first["step"] == 5
     assert first["lr"] == whole[4]["lr"]
-    # Its data start anew, so only the optimiser's momentum can be compared: it is there, and it is ours.
+    # Its data start anew, so only the optimizer's momentum can be compared: it is there, and it is ours.
     after = load(tmp_path / "on" / "checkpoint_1.pt")["optimizer_state_dict"]["state"]
     assert all(moments["step"] == 8 for moments in after.values())
 
@@ -425,7 +425,7 @@ def test_broken_shards_among_good_ones_are_counted_and_survived(
 def test_shards_that_yield_nothing_stop_the_run_with_their_name(
     workers: int, flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The reference spins for ever, or trains zero steps and exits with 0."""
+    """The reference spins forever, or trains zero steps and exits with 0."""
     (tmp_path / "garbage.tar").write_bytes(b"not a tar" * 1000)
     with pytest.raises(SystemExit) as stopped:
         main([*flags, f"--laion_shards={tmp_path}/garbage.tar", f"--run_name={tmp_path}/run", f"--workers={workers}"])

@@ -217,7 +217,7 @@ def _add_run_flags(add: Add) -> None:
     add("--resume_from_checkpoint",
         help="checkpoint to start from, this program's or the reference's, while the run folder has none of its own")
     add("--allow_changed_flags", action="store_true",
-        help="resume although flags that matter differ from the checkpoint's; where the data differ they start anew")
+        help="resume although flags that matter differ from the checkpoint's; where the data differ they start over")
     add("--save_steps", type=non_negative_int, default=0,
         help="also save every N updates within an epoch, keeping the newest two of those. 0: only at an epoch's end")
     add("--delete_previous_checkpoint", action="store_true",

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from open_flamingo.train.data.samples import DataError
@@ -21,12 +21,19 @@ class UserError(RuntimeError):
 
 
 @contextmanager
-def user_error(what: str) -> Iterator[None]:
-    """Turns errors that the user's input causes into one line, which begins with `what`."""
+def user_error(what: str, flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Turns errors that the user's input causes into one line, which begins with `what`.
+
+    Args:
+        flags: argument of a function → the flag that it comes from, where the errors name arguments.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(f"{what}: {error}") from error
+        message = str(error)
+        for argument, flag in (flags or {}).items():
+            message = message.replace(argument, flag, 1)
+        raise UserError(f"{what}: {message}") from error
 
 
 @contextmanager

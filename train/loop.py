@@ -59,6 +59,16 @@ from open_flamingo.train.watchdog import Watchdog
 
 log = logging.getLogger("open_flamingo.train")
 
+# Argument of `create_model_and_transforms`, which its errors name → flag.
+MODEL_FLAGS = {
+    "clip_vision_encoder_path": "--vision_encoder_path",
+    "clip_vision_encoder_pretrained": "--vision_encoder_pretrained",
+    "lang_encoder_path": "--lm_path",
+    "tokenizer_path": "--tokenizer_path (by default that of --lm_path)",
+    "cross_attn_every_n_layers": "--cross_attn_every_n_layers",
+    "trust_remote_code=True": "--trust_remote_code",
+}
+
 
 def run(args: argparse.Namespace) -> int:
     """The process around the training. Returns its exit code."""
@@ -212,7 +222,7 @@ def build(
         sharding = sharding_from_flags(args, world)
     watchdog.set_phase("building the model")
     torch.manual_seed(args.seed)
-    with user_error("cannot build the model"), raise_on_all_ranks():
+    with user_error("cannot build the model", MODEL_FLAGS), raise_on_all_ranks():
         # Rank 0 reads the weights; the others get theirs from it.
         model, image_processor, tokenizer = create_model_and_transforms(
             args.vision_encoder_path,

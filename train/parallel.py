@@ -1,4 +1,4 @@
-"""The model on many ranks, whole (DDP) or sharded (FSDP2): gradients averaged once an update."""
+"""The model on many ranks, whole (DDP) or sharded (FSDP2): gradients averaged once per update."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder / stale, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    say("1/4  Two small backbones, and a world to train them on: pictures of coloured shapes, captions, documents")
+    say("1/4  Two small backbones, and a world to train them on: pictures of colored shapes, captions, documents")
     shards = prepare(folder, scale)
     say("2/4  MMC4 documents and downloaded pictures → shards, as for the real ones")
     shards["mmc4"] = convert(folder, shards["mmc4 download"])

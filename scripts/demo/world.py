@@ -1,6 +1,6 @@
 """The demo's small world: pictures of one to three equal shapes, and English captions that say all there is to say of them.
 
-A picture has five attributes: count, size, colour, form and place ("two large red crosses at the top"). Training flips
+A picture has five attributes: count, size, color, form and place ("two large red crosses at the top"). Training flips
 pictures left to right, so no word of this world means left or right: a place is one of three bands, and shapes stand anywhere
 along it.
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZES = {"small": 17, "large": 30}  # radius in pixels
-COLOURS = {  # all lighter than the ground
+COLORS = {  # all lighter than the ground
     "red": (225, 40, 45),
     "yellow": (245, 230, 60),
     "green": (50, 170, 60),
@@ -29,7 +29,7 @@ FORMS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cro
 PLACES = ("at the top", "in the middle", "at the bottom")
 COUNTS = ("one", "two", "three")
 IMAGE_SIZE = 192  # pixels, both sides
-GRAIN = 64  # grey levels between the darkest and the lightest grain
+GRAIN = 64  # gray levels between the darkest and the lightest grain
 
 
 class Scene(NamedTuple):
@@ -37,19 +37,19 @@ class Scene(NamedTuple):
 
     count: str
     size: str
-    colour: str
+    color: str
     form: str
     place: str
 
 
 ATTRIBUTES = Scene._fields
-VOCABULARY = {"count": COUNTS, "size": tuple(SIZES), "colour": tuple(COLOURS), "form": tuple(FORMS), "place": PLACES}
+VOCABULARY = {"count": COUNTS, "size": tuple(SIZES), "color": tuple(COLORS), "form": tuple(FORMS), "place": PLACES}
 
 
 def is_held_out(scene: Scene) -> bool:
     """One combination in six, spread evenly: any two of its attributes occur together in training."""
-    count, size, colour, form, place = (VOCABULARY[name].index(getattr(scene, name)) for name in ATTRIBUTES)
-    return (count + 3 * size + colour + form + 2 * place) % 6 == 0
+    count, size, color, form, place = (VOCABULARY[name].index(getattr(scene, name)) for name in ATTRIBUTES)
+    return (count + 3 * size + color + form + 2 * place) % 6 == 0
 
 
 SCENES = tuple(Scene(*words) for words in itertools.product(*VOCABULARY.values()))
@@ -60,7 +60,7 @@ TRAINING = tuple(scene for scene in SCENES if not is_held_out(scene))
 def caption(scene: Scene) -> str:
     """`two large red crosses at the top`."""
     form = scene.form if scene.count == "one" else FORMS[scene.form]
-    return f"{scene.count} {scene.size} {scene.colour} {form} {scene.place}"
+    return f"{scene.count} {scene.size} {scene.color} {form} {scene.place}"
 
 
 def render(rng: random.Random, scene: Scene | None) -> np.ndarray:
@@ -75,8 +75,8 @@ def render(rng: random.Random, scene: Scene | None) -> np.ndarray:
         radius = SIZES[scene.size] * rng.uniform(0.95, 1.05)
         x = (column + 0.5) * cell + rng.uniform(-2, 2)
         y = (PLACES.index(scene.place) + 0.5) * cell + rng.uniform(-2, 2)
-        colour = tuple(channel + rng.randint(-12, 12) for channel in COLOURS[scene.colour])
-        draw_form(draw, scene.form, x, y, radius, colour)
+        color = tuple(channel + rng.randint(-12, 12) for channel in COLORS[scene.color])
+        draw_form(draw, scene.form, x, y, radius, color)
     # The grain makes pictures differ, and their files larger than the 10 KB under which MMC4 images are dropped.
     grain = np.frombuffer(rng.randbytes(IMAGE_SIZE * IMAGE_SIZE), dtype=np.uint8) % GRAIN
     grain = grain.reshape(IMAGE_SIZE, IMAGE_SIZE, 1).astype(np.int16) - GRAIN // 2

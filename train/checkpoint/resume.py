@@ -302,7 +302,7 @@ def restore_optimizer(
     elif "optimizer_state_dict" in checkpoint:
         state = _optimizer_state_of_reference(checkpoint, model, optimizer)
         if state is None:
-            log.warning("%s: its optimizer state does not fit this model; the optimizer starts anew", start.path)
+            log.warning("%s: its optimizer state does not fit this model; the optimizer starts over", start.path)
         else:
             _load_optimizer(optimizer, state)
 

@@ -126,7 +126,7 @@ class ImagePreparer:
         self.max_pixels = MAX_PIXELS if max_pixels is None else min(max_pixels, MAX_PIXELS)
         self._image_processor = image_processor if self.spec is None else None
 
-    def too_large(self, data: bytes) -> bool:
+    def exceeds_max_pixels(self, data: bytes) -> bool:
         """Whether the header says more than `max_pixels`, or more than Pillow ever opens (a decompression bomb)."""
         size = image_size(data)
         if size is None:

@@ -1,4 +1,4 @@
-"""LAION: one picture and its caption."""
+"""LAION: one image and its caption."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from open_flamingo.train.data.samples import Drop, Sample, SampleError, check_su
 from open_flamingo.train.data.text import TextEncoder
 
 MAX_TOKENS = 32
-IMAGE_SUFFIXES = ("jpg", "png", "jpeg")  # the first that is there
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg")  # the first that exists
 
 
 class LaionPreparer:
-    """Raw sample (`jpg`, `png` or `jpeg`, and `txt`) → `<image>{caption}<|endofchunk|>{eos}` and one picture.
+    """Raw sample (`jpg`, `png` or `jpeg`, and `txt`) → `<image>{caption}<|endofchunk|>{eos}` and one image.
 
     Drops `no_caption`, `no_image`, `image_too_large`; errors `unknown_suffix`, `bad_caption` (not UTF-8) and
     `corrupt_image`.
@@ -29,7 +29,7 @@ class LaionPreparer:
         if image is None or "txt" not in raw:
             check_suffixes(raw, (*IMAGE_SUFFIXES, "txt"))
             raise Drop("no_image" if "txt" in raw else "no_caption")
-        if self.prepare_image.too_large(image):
+        if self.prepare_image.exceeds_max_pixels(image):
             raise Drop("image_too_large")
         try:
             caption = raw["txt"].decode("utf-8").strip()

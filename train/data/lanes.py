@@ -3,7 +3,7 @@
     ShardOrder.url(lane, k)     the k-th shard of a lane: a function of the seed alone
     read_shard(url)             raw samples of a shard: {"__key__", "__url__", "jpg": bytes, ...}
     shuffle(samples, size)      the same, in another order; drains at the shard's end
-    Lane                        prepared samples, for ever; `cursor` (k, n) follows the last one
+    Lane                        prepared samples, forever; `cursor` (k, n) follows the last one
 
 A lane's cursor (k, n) says: n raw samples of its k-th shard have left the shuffle buffer. All that is random about the
 n-th sample of shard k comes from (seed, kind, lane, k, n), so the cursor is the whole state.
@@ -44,7 +44,7 @@ def uniform(*key: object) -> float:
     return (_hash(key, 8) >> 11) * 2.0**-53
 
 
-@functools.lru_cache(maxsize=2)  # neighbouring lanes are in the same pass, or in the next
+@functools.lru_cache(maxsize=2)  # neighboring lanes are in the same pass, or in the next
 def _permutation(length: int, *key: object) -> np.ndarray:
     # Raw bits are kept stable between numpy's versions; `Generator.permutation` is not.
     raw = np.random.Philox(key=_hash(key, 16)).random_raw(length)
@@ -55,7 +55,7 @@ def _permutation(length: int, *key: object) -> np.ndarray:
 class ShardOrder:
     """Which shard comes when in which lane.
 
-    Without replacement: permutations of the list, one a pass, laid end to end; lane l takes entries l, l + lanes, …
+    Without replacement: permutations of the list, one per pass, end to end; lane l takes entries l, l + lanes, …
     With it (`resampled`): each draw on its own.
     """
 
@@ -84,7 +84,7 @@ class Randomness:
         return uniform(COIN, *self.key)
 
     def flip(self, image: int) -> bool:
-        """Whether the `image`-th picture of the sample is mirrored; one coin for each."""
+        """Whether the `image`-th image of the sample is mirrored; one coin for each."""
         return uniform(FLIP, *self.key, image) < 0.5
 
 
@@ -149,7 +149,7 @@ class Lane:
         self._buffer_size = buffer_size
         self._counts = counts
         self._failures = 0
-        self._barren: set[str] = set()
+        self._empty_shards: set[str] = set()
         self._samples = self._run()
 
     def __iter__(self) -> Iterator[Sample]:
@@ -162,22 +162,22 @@ class Lane:
         k, skip = self.cursor
         while True:
             url = self._order.url(self.index, k)
-            fruitful = skip > 0  # what was skipped was used before
+            yielded_any = skip > 0  # what was skipped was used before
             try:
                 for n, sample in self._shard(url, k, skip):
-                    fruitful = True
+                    yielded_any = True
                     self._failures = 0
-                    self._barren.clear()
+                    self._empty_shards.clear()
                     self.cursor = (k, n + 1)
                     yield sample
             except SampleError as error:
                 self._failed(error, url)
-            if not fruitful:
-                self._barren.add(url)
+            if not yielded_any:
+                self._empty_shards.add(url)
                 shards = len(set(self._order.urls))
-                if len(self._barren) == min(FAILURES_IN_A_ROW, shards):
+                if len(self._empty_shards) == min(FAILURES_IN_A_ROW, shards):
                     raise DataError(
-                        f"{len(self._barren)} of the {shards} {self._order.kind} shards, one after another, yielded no sample; the last "
+                        f"{len(self._empty_shards)} of the {shards} {self._order.kind} shards, one after another, yielded no sample; the last "
                         f"one is {url}. {self._counts.summary()}"
                     )
             k, skip = k + 1, 0

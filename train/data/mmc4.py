@@ -1,6 +1,6 @@
-"""MMC4: documents of sentences and pictures; and the synthetic (`is_gpt`) kind, where markers in the text name pictures.
+"""MMC4: documents of sentences and images; and the synthetic (`is_gpt`) kind, where markers in the text name images.
 
-Everything that can reject a document or a picture is decided before any pixel is decoded.
+Everything that can reject a document or a image is decided before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from open_flamingo.train.data.samples import Drop, Sample, SampleError, check_su
 from open_flamingo.train.data.text import TextEncoder
 
 MAX_TOKENS = 256
-MIN_KILOBYTES = 10  # pictures of fewer than 11,000 bytes are icons and buttons
-SINGLE_IMAGE_DROPPED = 0.5  # of the documents of one picture
+MIN_KILOBYTES = 10  # images of fewer than 11,000 bytes are icons and buttons
+SINGLE_IMAGE_DROPPED = 0.5  # of the documents of one image
 MARKER = re.compile(r"_!_IMAGE\d+_!_")
 
 
 class Mmc4Preparer:
-    """Raw sample (`json`) → text with `<image>` before each picture's sentence, and the pictures in that order.
+    """Raw sample (`json`) → text with `<image>` before each image's sentence, and the images in that order.
 
     Pictures are matched to sentences one to one, so that the sum of similarities is the greatest; matches under
     `textsim_threshold` are dropped; of more than `max_num_images` the first in the text stay.
 
-    Drops `no_image` (none that is there, over 10 KB, and not too large), `no_match` (none similar enough), `few_images` (fewer than
+    Drops `no_image` (none that exists, over 10 KB, and not too large), `no_match` (none similar enough), `few_images` (fewer than
     `min_num_images` within 256 tokens), `single_image` (by the coin), `image_last` (nothing follows the only `<image>`); counts
-    pictures that are `image_too_large`. Errors `no_json`, `unknown_suffix`, `bad_json`, `bad_document`, `bad_similarity`, `bad_base64`, `corrupt_image`.
+    images that are `image_too_large`. Errors `no_json`, `unknown_suffix`, `bad_json`, `bad_document`, `bad_similarity`, `bad_base64`, `corrupt_image`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Mmc4Preparer:
         self.encode = TextEncoder(tokenizer, MAX_TOKENS)
         self.prepare_image = prepare_image
         self.textsim_threshold = textsim_threshold
-        self.min_num_images = max(1, min_num_images)  # without a picture nothing is learnt
+        self.min_num_images = max(1, min_num_images)  # without a image nothing is learned
         self.max_num_images = max_num_images
 
     def __call__(self, raw: RawSample, randomness: Randomness, counts: Counts) -> Sample:
@@ -66,7 +66,7 @@ class Mmc4Preparer:
         return Sample(pixels, input_ids, f"{raw['__url__']}#{raw['__key__']}")
 
     def _read(self, raw: RawSample, counts: Counts) -> tuple[bool, list[str], list[bytes]]:
-        """Whether it is of the synthetic kind, the parts of its text (see `text`), and a picture for each part but the first."""
+        """Whether it is of the synthetic kind, the parts of its text (see `text`), and a image for each part but the first."""
         if "json" not in raw:
             check_suffixes(raw, ("json",))
             raise SampleError("no_json", "a document is one json file")
@@ -95,7 +95,7 @@ class Mmc4Preparer:
             image = decode_base64(info["image_base64"])
             if len(image) // 1000 <= MIN_KILOBYTES:
                 continue
-            if self.prepare_image.too_large(image):
+            if self.prepare_image.exceeds_max_pixels(image):
                 counts.dropped["image_too_large"] += 1
                 continue
             usable[i] = image
@@ -113,7 +113,7 @@ class Mmc4Preparer:
         return [parts[0], *(part.removeprefix(" ") for part in parts[1:])], [usable[places[place]] for place in chosen]
 
     def _places(self, similarity: Any, usable: list[int]) -> dict[int, int]:
-        """Sentence → picture, for the matches that are similar enough."""
+        """Sentence → image, for the matches that are similar enough."""
         try:
             scores = np.array(similarity, dtype=float)[usable]
             # Negated rather than `maximize=True`: so that ties fall as in the reference.
@@ -130,7 +130,7 @@ class Mmc4Preparer:
         parts = [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]
         parts = [parts[0], *(part.removeprefix(" ") for part in parts[1:])]
         images = [decode_base64(image_map[marker]["base64_image"]) for marker in markers]
-        if any(self.prepare_image.too_large(image) for image in images):
+        if any(self.prepare_image.exceeds_max_pixels(image) for image in images):
             raise Drop("image_too_large")  # the text speaks of it: there is no document without it
         return parts[: len(markers) + 1], images
 

@@ -69,7 +69,7 @@ def resolve_workers(workers: int, batch_size: int, world_size: int, lanes: int |
         best -= 1
     if best != workers:
         reason = f"a batch of {batch_size}" if batch_size % workers else f"{lanes} lanes on {world_size} ranks"
-        logger.warning("%d loader workers a rank instead of %d: %s cannot be shared equally", best, workers, reason)
+        logger.warning("%d loader workers per rank instead of %d: %s cannot be shared equally", best, workers, reason)
     return best
 
 

@@ -53,7 +53,7 @@ class Sample:
     """One caption or document, ready to be batched.
 
     Attributes:
-        images: each uint8 [3, H, W], or float32 and normalised if the image processor is not a standard one, in the order
+        images: each uint8 [3, H, W], or float32 and normalized if the image processor is not a standard one, in the order
             of the `<image>` tokens of `input_ids`.
         input_ids: at most the longest text its kind allows, without padding.
         key: `shard-url#sample-key`.

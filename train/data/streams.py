@@ -16,7 +16,7 @@ import webdataset as wds
 
 # Seconds without a byte after which a pipe has stalled. All tries on a dead host take less than the loader's own time-out.
 STALL = 120.0
-# What may follow a tar's end in a pipe. Some write archives end to end; one that never ends must not be read for ever.
+# What may follow a tar's end in a pipe. Some write archives end to end; one that never ends must not be read forever.
 MAX_REST = 64 << 20
 CHUNK = 1 << 16
 

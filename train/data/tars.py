@@ -130,8 +130,8 @@ def _samples(file: IO[bytes], url: str) -> Iterator[RawSample | SampleError]:
             if alone.get(key, suffix) != suffix:
                 return SampleError(
                     "not_adjacent",
-                    f"{key}.{suffix} is apart from {key}.{alone[key]}: the files of a sample must follow each other. Make the tar "
-                    "anew with `tar --sort=name`",
+                    f"{key}.{suffix} is apart from {key}.{alone[key]}: the files of a sample must follow each other. Make the tar again "
+                    "with `tar --sort=name`",
                 )
             if len(alone) < MAX_ALONE:
                 alone[key] = suffix

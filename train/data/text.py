@@ -1,6 +1,6 @@
-"""Text with pictures in it → token ids.
+"""Text with images in it → token ids.
 
-A text is given as its parts: what stands before the first picture, then what follows each one. So parts [a, b, c] are
+A text is given as its parts: what stands before the first image, then what follows each one. So parts [a, b, c] are
 
     a <image> b <|endofchunk|> <image> c <|endofchunk|> {eos}
 """
