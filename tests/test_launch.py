@@ -61,6 +61,7 @@ STEP = {
     "SLURM_STEP_ID": 2,
 }
 SRUN = BATCH_SCRIPT | STEP
+HOROVOD = {f"HOROVOD_{name}": value for name, value in (("RANK", 1), ("SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_SIZE", 2))}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ SRUN = BATCH_SCRIPT | STEP
         (SRUN | TORCHRUN, World("torchrun", 5, 16, 1, 4)),
         (SRUN | OPEN_MPI, World("Open MPI", 6, 8, 2, 4)),
         (SRUN | {"PMI_RANK": 3, "PMI_SIZE": 4}, World("SLURM", 3, 4, 1, None)),  # srun --mpi=pmi2
+        (BATCH_SCRIPT | HOROVOD, World("Horovod", 1, 2, 1, 2)),
         (BATCH_SCRIPT, World("one process")),  # python without srun, in a job of several tasks
     ],
 )
@@ -121,6 +123,17 @@ def test_the_ranks_meet_where_the_launcher_says(environment: Callable[..., None]
     assert init_method(detect_launcher(), "env://").startswith("tcp://[fd00::1]:")
     environment(MASTER_PORT="15000")  # both exported, as the reference's sbatch script does
     assert init_method(detect_launcher(), "env://") == "env://"
+
+
+def test_horovodrun_on_one_node_meets_on_a_port_of_its_own(environment: Callable[..., None]) -> None:
+    environment(**HOROVOD, HOROVOD_GLOO_RENDEZVOUS_PORT=40_123)
+    point = init_method(detect_launcher(), "env://")
+    assert point.startswith("tcp://127.0.0.1:")
+    environment(HOROVOD_GLOO_RENDEZVOUS_PORT=40_124)  # another launch on this node
+    assert init_method(detect_launcher(), "env://") != point
+    environment(HOROVOD_SIZE=4)  # on two nodes
+    with pytest.raises(ValueError, match="Horovod: 4 processes, but MASTER_ADDR and MASTER_PORT not set"):
+        init_method(detect_launcher(), "env://")
 
 
 def test_no_meeting_point_says_what_to_export(environment: Callable[..., None]) -> None:

@@ -34,84 +34,72 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    mine = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": datetime.now().astimezone().isoformat(" ", "seconds"),
-        "machine": _machine(),
-        "process_start": _start_of(os.getpid()),
-    }
-    try:
-        _create(path, mine)
-    except FileExistsError:
+    process = {"machine": _machine(), "pid": os.getpid(), "process_start": _start_time(os.getpid())}
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    lock = process | {"host": socket.gethostname(), "since": since}
+    if path.exists():
         _wait_until_dead(path)
         path.unlink(missing_ok=True)
-        try:
-            _create(path, mine)  # of two runs that find a dead one's lock, one comes first
-        except FileExistsError as error:
-            raise ValueError(f"another run has just begun in {folder}: see {path}") from error
+    try:
+        with path.open("x") as file:
+            json.dump(lock, file)
+    except FileExistsError as error:  # of two runs that find a dead one's lock, one comes first
+        raise ValueError(f"another run has just begun in {folder}: see {path}") from error
+
+    def is_mine() -> bool:
+        return process.items() <= _read(path).items()
+
+    def refresh() -> None:
+        beat = 0
+        while not over.wait(REFRESH):
+            if path.exists() and not is_mine():
+                owner = _read(path)
+                log.error("%s: %s, process %s, has taken this run's folder", path, owner.get("host"), owner.get("pid"))
+                return
+            beat += 1
+            with suppress(OSError):  # a full disk, a folder that is gone: the next checkpoint tells
+                path.write_text(json.dumps(lock | {"beat": beat}))
+
     over = threading.Event()
-    thread = threading.Thread(target=_refresh, args=(path, mine, over), name="run lock", daemon=True)
+    thread = threading.Thread(target=refresh, name="run lock", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join(REFRESH)  # so that it does not write once more
-        if _is(_read(path), mine):
+        if is_mine():
             path.unlink(missing_ok=True)
 
 
-def _create(path: Path, mine: dict[str, Any]) -> None:
-    with path.open("x") as file:
-        json.dump(mine, file)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         owner = json.loads(path.read_text())
-        return owner if isinstance(owner, dict) else None
-    return None
-
-
-def _is(owner: dict[str, Any] | None, other: dict[str, Any]) -> bool:
-    return owner is not None and all(owner.get(key) == other[key] for key in ("machine", "pid", "process_start"))
-
-
-def _refresh(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
-    beat = 0
-    while not over.wait(REFRESH):
-        owner = _read(path)
-        if owner is not None and not _is(owner, mine):
-            log.error("%s: %s, process %s, has taken this run's folder", path, owner.get("host"), owner.get("pid"))
-            return
-        beat += 1
-        with suppress(OSError):  # a full disk, a folder that is gone: the next checkpoint tells
-            path.write_text(json.dumps(mine | {"beat": beat}))
+        return owner if isinstance(owner, dict) else {}
+    return {}
 
 
 def _wait_until_dead(path: Path) -> None:
     """Returns once the lock is known to be a dead run's. Raises ValueError if that run lives."""
     owner = _read(path)
-    if owner is not None and owner.get("machine") == _machine():
-        alive = _start_of(owner["pid"]) == owner["process_start"]
+    if owner.get("machine") == _machine():
+        alive = owner["process_start"] is not None and owner["process_start"] == _start_time(owner["pid"])
     else:
-        if owner is not None:
-            log.info("waiting for %g s to see whether the run on %s still lives", PATIENCE, owner.get("host"))
-        before, deadline = _text(path), time.monotonic() + PATIENCE
-        while not (alive := _text(path) != before) and time.monotonic() < deadline:
+        log.info("waiting for %g s to see whether the run on %s still lives", PATIENCE, owner.get("host"))
+        before, deadline = _modified(path), time.monotonic() + PATIENCE
+        while not (alive := _modified(path) != before) and time.monotonic() < deadline:
             time.sleep(min(1.0, PATIENCE / 10))
         owner = _read(path) or owner
-    if alive and owner is not None:
+    if alive and path.exists():
         raise ValueError(
             f"{path.parent} is the folder of a run that lives: on {owner.get('host')}, process {owner.get('pid')}, since "
             f"{owner.get('since')}. Stop that one first, or choose another --run_name"
         )
 
 
-def _text(path: Path) -> str | None:
+def _modified(path: Path) -> str | None:
     with suppress(OSError):
-        return path.read_text()
+        return path.read_text()  # and not its time, which NFS may keep for a while
     return None
 
 
@@ -122,13 +110,9 @@ def _machine() -> str:
     return socket.gethostname()
 
 
-def _start_of(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     """When a process began, in ticks since boot: another one may have its id by now. None if there is none."""
     with suppress(OSError, IndexError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
-    if not Path("/proc/self/stat").exists():
-        with suppress(OSError):
-            os.kill(pid, 0)
-            return "running"
     return None

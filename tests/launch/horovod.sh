@@ -36,10 +36,3 @@ mapfile -t flags < <("$python" -m tests.launch.tiny_world "$folder/world")
 "$folder/venv/bin/horovodrun" -np 2 --gloo "$python" train/train.py --horovod "${flags[@]}" --run_name "$folder/runs/horovod"
 "$python" -m torch.distributed.run --standalone --nproc-per-node=2 train/train.py "${flags[@]}" --run_name "$folder/runs/torchrun"
 "$python" -m tests.launch.tiny_world --same "$folder"/runs/{horovod,torchrun}/checkpoint_1.pt
-
-echo "--- without --horovod:"
-if "$folder/venv/bin/horovodrun" -np 2 --gloo "$python" train/train.py "${flags[@]}" --run_name "$folder/runs/none"; then
-    echo "was not refused" >&2
-    exit 1
-fi
-echo "refused, as it should be"

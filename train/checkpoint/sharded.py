@@ -14,7 +14,6 @@ import logging
 import os
 import pickle
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -41,21 +40,17 @@ log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _weights(model: Flamingo, only_trained: bool) -> dict[str, Tensor]:
-    return {
+def _tensors(model: Flamingo, optimizer: torch.optim.Optimizer, only_trained: bool) -> dict[str, Tensor]:
+    """Name in the checkpoint → tensor, or this rank's part of it."""
+    tensors = {
         f"model/{name}": parameter.detach()
         for name, parameter in saved_parameters(model)
         if parameter.requires_grad or not only_trained
     }
-
-
-def _moments(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        f"optimizer/{name}/{key}": optimizer.state[parameter][key]
-        for name, parameter in zip(parameter_names(model, optimizer), parameters, strict=True)
-        for key in MOMENTS
-    }
+    for name, parameter in zip(parameter_names(model, optimizer), parameters, strict=True):
+        tensors |= {f"optimizer/{name}/{key}": optimizer.state[parameter][key] for key in MOMENTS}
+    return tensors
 
 
 def layout(model: Flamingo, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -78,13 +73,11 @@ class ShardedSaver:
     """
 
     def __init__(self, only_newest: bool, failed: Callable[[], None] | None = None) -> None:
-        # Of its own, since it is used beside the training's.
-        self._group: Any = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")  # the training goes on using its own
         self._only_newest = only_newest
         self._failed = failed
         self._written: Future[Any] | None = None
-        self._in_place = threading.Event()
-        self._failure: Exception | None = None  # of putting it in place
+        self._in_place: Future[None] = Future()  # rank 0's part, which ends after every other's
 
     def save(self, model: Flamingo, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:
         """Starts to write; returns once the tensors are copied to host memory. Call `finish` before.
@@ -100,30 +93,31 @@ class ShardedSaver:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
                 files.save(state | {"layout": layout(model, optimizer)}, beside / SHARDED_STATE)
-        tensors = _weights(model, only_trained=False) | _moments(model, optimizer)
-        writer = SummingWriter(beside)
-        written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+        tensors = _tensors(model, optimizer, only_trained=False)
+        written = dcp.async_save(tensors, storage_writer=ChecksumWriter(beside), process_group=self._group)
         assert isinstance(written, Future)
         self._written = written
-        self._in_place.clear()
         if state is not None:
-            # Rank 0 coordinates: its part ends after every other's.
+            self._in_place = Future()
             written.add_done_callback(lambda done: self._put_in_place(done, beside, path))
 
     def _put_in_place(self, done: Future[Any], beside: Path, path: Path) -> None:
+        failure = done.exception()
         try:
-            if done.exception() is None:
+            if failure is None:
                 files.write_sums(beside)
                 shutil.rmtree(path, ignore_errors=True)  # of a run that was told to start from an earlier one
                 os.replace(beside, path)
                 files.prune(path.parent, path, self._only_newest)
                 log.info("saved %s", path)
         except Exception as error:
-            self._failure = error
-        finally:
-            self._in_place.set()
-        if self._failed is not None and (done.exception() or self._failure):
-            self._failed()
+            failure = error
+        if failure is None:
+            self._in_place.set_result(None)
+        else:
+            self._in_place.set_exception(failure)
+            if self._failed is not None:
+                self._failed()
 
     def finish(self) -> None:
         """Waits for the last checkpoint. Raises OSError where it could not be written."""
@@ -132,19 +126,16 @@ class ShardedSaver:
             return
         try:
             written.result()
+            if dist.get_rank() == 0:
+                self._in_place.result()
         except (CheckpointException, OSError, RuntimeError) as error:
             raise OSError(first_line(error)) from error
-        if dist.get_rank() == 0:
-            self._in_place.wait()
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise OSError(str(failure)) from failure
 
     def close(self) -> None:
         """Nothing: what is still being written when the run ends with an error cannot be finished without the other ranks."""
 
 
-class SummingWriter(dcp.FileSystemWriter):
+class ChecksumWriter(dcp.FileSystemWriter):
     """Each rank also writes the checksums of its own files: rank 0 would have to read those of all, over the network."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
@@ -175,8 +166,7 @@ def load(path: Path, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
             }
     run_on_rank0(check, path)  # before torch tries, which reports what it cannot read at length
     try:
-        tensors = _weights(model, only_trained=True) | _moments(model, optimizer)
-        dcp.load(tensors, storage_reader=TensorReader(path))
+        dcp.load(_tensors(model, optimizer, only_trained=True), storage_reader=TensorReader(path))
     except (Exception, CheckpointException) as error:  # broken bytes make torch raise almost anything
         raise ValueError(f"{path} cannot be read, or is of another model: {first_line(error)}") from error
 
@@ -217,12 +207,9 @@ class TensorReader(dcp.FileSystemReader):
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes what torch's FileSystemWriter puts into `.metadata`, and nothing else."""
 
-    _OF_DESCRIPTION = (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
-        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-    )
+    _DESCRIPTIONS = "Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"
     _CLASSES = (
-        *(("torch.distributed.checkpoint.metadata", name) for name in _OF_DESCRIPTION),
+        *(("torch.distributed.checkpoint.metadata", name) for name in _DESCRIPTIONS.split()),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),
         ("torch", "Size"),
