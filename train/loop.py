@@ -189,6 +189,13 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
         dataset.loader.close()
     watchdog.set_phase("the end", limited=False)
     gather_objects(None)  # launchers end all ranks when the first has ended with a code: let rank 0 finish its writing
+    return outcome(args, health, checkpoints, step, last_step)
+
+
+def outcome(
+    args: argparse.Namespace, health: Health, checkpoints: Checkpoints, step: int, last_step: int
+) -> str | None:
+    """The name of the signal that stopped the run after `step`, None at its end. Raises UserError where it failed."""
     if checkpoints.problem is not None:
         raise UserError(f"after update {step}, {checkpoints.problem}")
     if health.consecutive_bad_steps >= args.max_bad_steps:
