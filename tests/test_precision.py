@@ -22,7 +22,8 @@ from open_flamingo.train.precision import LossScaler, hold_weights
 from open_flamingo.train.train import main
 from tests.families import IMAGE, flamingo, images, language_model, text
 from tests.precision_ranks import RUNS
-from tests.tiny import ROOT, assert_same, finished, torchrun
+from tests.ranks import run_ranks
+from tests.tiny import ROOT, assert_same, finished
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def test_the_scaled_step_is_the_plain_one() -> None:
 
 def test_two_ranks_skip_and_compile_together(flags_of_module: list[str], tmp_path: Path) -> None:
     """DDP, FSDP and hybrid: an overflow on one rank alone is skipped by both; compiled, checkpointed blocks change nothing."""
-    finished(torchrun(2, ROOT / "tests" / "precision_ranks.py", str(tmp_path), *flags_of_module))
+    finished(run_ranks(2, ROOT / "tests" / "precision_ranks.py", str(tmp_path), *flags_of_module))
     lines = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len(lines) == 2 * len(RUNS)
     said = {(tuple(line["run"]), line["rank"]): line for line in lines}

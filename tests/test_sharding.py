@@ -20,9 +20,10 @@ from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name
 from tests.families import FAMILIES
+from tests.ranks import run_ranks
 from tests.sharding_program import small_flamingo
 from tests.test_train import metrics
-from tests.tiny import ROOT, VISION_CONFIG, assert_same, finished, torchrun
+from tests.tiny import ROOT, VISION_CONFIG, assert_same, finished
 
 # The ways differ in the order in which float32 numbers are added: a relative 1e-7 per sum. AdamW divides each gradient by its own
 # size, so where one is as small as its rounding error (or AdamW's eps of 1e-8), that weight's update is arbitrary: one number in
@@ -37,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any
     """What tests/sharding_program.py wrote on 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("sharding")
     for processes in (1, 2, 4):
-        finished(torchrun(processes, ROOT / "tests" / "sharding_program.py", str(folder)))
+        finished(run_ranks(processes, ROOT / "tests" / "sharding_program.py", str(folder)))
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 4)}
 
 
@@ -126,7 +127,7 @@ def test_only_rank_0_reads_the_backbones(backbones: list[str], tmp_path: Path) -
         (tmp_path / f"{name}.json").write_text(json.dumps(VISION_CONFIG | {"vision_cfg": vision}))
     lm_path = next(flag.partition("=")[2] for flag in backbones if flag.startswith("--lm_path="))
     configs = [str(tmp_path / f"{name}.json") for name in trunks]
-    output = finished(torchrun(2, ROOT / "tests" / "backbones_program.py", lm_path, *configs))
+    output = finished(run_ranks(2, ROOT / "tests" / "backbones_program.py", lm_path, *configs))
     assert output.count("the same: ") == 2 * len(trunks), output
 
 
@@ -139,7 +140,7 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_world_size(flags: list[str]
 
     def train(processes: int, epochs: int, *more: str) -> None:
         batch = f"--batch_size_laion={4 // processes}"
-        finished(torchrun(processes, ROOT / "train" / "train.py", *flags, run, batch, f"--num_epochs={epochs}", *more))
+        finished(run_ranks(processes, ROOT / "train" / "train.py", *flags, run, batch, f"--num_epochs={epochs}", *more))
 
     train(2, 1)
     train(2, 2, "--fsdp", "--checkpoint_format=sharded")
@@ -158,7 +159,7 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_world_size(flags: list[str]
 def test_a_sharded_checkpoint_becomes_the_file_that_would_have_been_written(flags: list[str], tmp_path: Path) -> None:
     for checkpoint_format in ("file", "sharded"):
         run = [f"--run_name={tmp_path / checkpoint_format}", f"--checkpoint_format={checkpoint_format}", "--fsdp"]
-        finished(torchrun(2, ROOT / "train" / "train.py", *flags, *run, "--save_steps=1"))
+        finished(run_ranks(2, ROOT / "train" / "train.py", *flags, *run, "--save_steps=1"))
     sharded = tmp_path / "sharded"
     assert sorted(path.name for path in sharded.glob("*_*")) == sorted(
         ["checkpoint_0", "checkpoint_1", "epoch_0_step_1", "epoch_1_step_3"]
@@ -199,7 +200,7 @@ def test_each_rank_sums_its_own_files(flags: list[str], tmp_path: Path) -> None:
         "train.main(sys.argv[1:])\n"
     )
     run = [f"--run_name={tmp_path / 'run'}", "--checkpoint_format=sharded", "--fsdp", "--num_epochs=1"]
-    output = finished(torchrun(2, program, *flags, *run))
+    output = finished(run_ranks(2, program, *flags, *run))
     found = re.findall(r"rank (\d) sums (\S+)", output)
     files = [path.name for path in (tmp_path / "run" / "checkpoint_0").iterdir() if path.name != "SHA256SUMS"]
     assert sorted(name for _, name in found) == sorted(files)
