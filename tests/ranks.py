@@ -12,7 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -139,3 +140,15 @@ class Fork:
 def run_ranks(ranks: int, program: str | Path, *arguments: str) -> Fork:
     """Starts `program` on so many ranks, as `torchrun` of tests.tiny does, in a fraction of its time."""
     return Fork(program, *arguments, ranks=ranks)
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port of this machine that, within the `with`, nobody gets who does not ask for this one.
+
+    Linux lets another socket have it too, as long as neither of the two listens before; torch's store and torchrun ask so.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
