@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ from open_flamingo.train import checkpoint as checkpoints
 from open_flamingo.train.distributed import World
 from open_flamingo.train.health import EXIT_STOPPED, Signals, Watchdog, check_finite
 from open_flamingo.train.train import main
+from tests.conftest import AT_LENGTH, cases
 from tests.ranks import Fork, held_port, run_ranks
 from tests.tiny import ROOT, assert_same, finished, torchrun
 
@@ -519,13 +519,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_every_damage_to_a_checkpoint_is_detected_or_harmless(damage: str, saved: Path, tmp_path: Path) -> None:
-    """The newest of two is damaged, 200 times: the one before is taken, or what is read is what was written."""
+    """The newest of two is damaged: the one before is taken, or what is read is what was written."""
     data, original = saved.read_bytes(), torch.load(saved, weights_only=True)
     shutil.copy(saved, tmp_path / "checkpoint_0.pt")
     newest = tmp_path / "checkpoint_1.pt"
     moments = random.Random(damage)
     detected = 0
-    for _ in range(200):
+    for _ in range(cases(200)):
         place = moments.randrange(len(data))
         if damage == "truncated":
             newest.write_bytes(data[:place])
@@ -536,7 +536,7 @@ def test_every_damage_to_a_checkpoint_is_detected_or_harmless(damage: str, saved
         assert_same(original, checkpoint)
         detected += path != newest
         del checkpoint
-    assert detected == 200 if damage == "truncated" else detected > 150
+    assert detected == cases(200) if damage == "truncated" else detected > 0.75 * cases(200)
 
 
 def test_every_damage_to_a_sharded_checkpoint_is_detected(flags: list[str], tmp_path: Path) -> None:
@@ -564,42 +564,42 @@ def resident(pid: int) -> int:
 
 
 def test_memory_is_flat_and_nothing_is_left_behind(flags: list[str], tmp_path: Path) -> None:
-    """2,000 updates in 20 epochs, each with a checkpoint."""
-    run, temporary = (
-        tmp_path / "run",
-        Path(tempfile.mkdtemp()),
-    )  # tmp_path is too long for the sockets between processes
-    flags = [*flags, "--num_epochs=20", "--workers=1", "--logging_steps=50", "--delete_previous_checkpoint"]
+    """20 epochs, each with a checkpoint, of 2,000 updates at length and of 400 otherwise."""
+    run = tmp_path / "run"
+    temporary = Path(tempfile.mkdtemp())  # tmp_path is too long for the sockets between processes
+    of_epoch, logged_every, settled = (100, 50, 400) if AT_LENGTH else (20, 10, 100)
+    flags = [
+        *flags,
+        "--num_epochs=20",
+        "--workers=1",
+        f"--logging_steps={logged_every}",
+        "--delete_previous_checkpoint",
+    ]
     flags += ["--batch_size_laion=1", "--batch_size_mmc4=1", "--mmc4_max_num_images=2"]
-    flags += ["--train_num_samples_laion=100", "--train_num_samples_mmc4=100"]
+    flags += [f"--train_num_samples_laion={of_epoch}", f"--train_num_samples_mmc4={of_epoch}"]
     shared = set(os.listdir("/dev/shm"))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / "train.py"), *flags, f"--run_name={run}"],
-        env=os.environ | {"TMPDIR": str(temporary)},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    program = ROOT / "train" / "train.py"
+    process = Fork(program, *flags, f"--run_name={run}", environment=os.environ | {"TMPDIR": str(temporary)})
     measured: list[tuple[int, int]] = []  # updates done, bytes of all its processes
     while process.poll() is None:
-        updates = 50 * updates_done(run)
+        updates = logged_every * updates_done(run)
         # Its workers end with each epoch, and itself at the end, also between these lines.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             family = [process.pid, *map(int, children)]
-            if updates >= 400 and (not measured or updates > measured[-1][0]) and len(family) == 3:
+            if updates >= settled and (not measured or updates > measured[-1][0]) and len(family) == 3:
                 measured.append((updates, sum(map(resident, family))))
         time.sleep(0.02)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert "finished: 20 epochs, 2000 updates" in output
+    assert f"finished: 20 epochs, {20 * of_epoch} updates" in output
     updates, memory = torch.tensor(measured, dtype=torch.float64).T
     assert len(updates) > 20
     slope = (
         ((updates - updates.mean()) * (memory - memory.mean())).sum() / (updates - updates.mean()).square().sum()
     ).item()
-    assert slope < 4096, f"{slope:.0f} bytes an update: {measured}"
+    # Less than the images of an update, and a tenth of that where there are enough updates to tell.
+    assert slope < (4096 if AT_LENGTH else 30_000), f"{slope:.0f} bytes an update: {measured}"
 
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint_19.pt", "metrics.jsonl"]
     temporary.rmdir()  # which nothing is left in

@@ -19,9 +19,10 @@ from open_flamingo.train.parallel import Sharding, parallelise, shard_size
 from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name
+from tests.conftest import AT_LENGTH
 from tests.families import FAMILIES
 from tests.ranks import run_ranks
-from tests.sharding_program import small_flamingo
+from tests.sharding_program import families, small_flamingo, variants
 from tests.test_train import metrics
 from tests.tiny import ROOT, VISION_CONFIG, assert_same, finished
 
@@ -38,7 +39,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any
     """What tests/sharding_program.py wrote on 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("sharding")
     for processes in (1, 2, 4):
-        finished(run_ranks(processes, ROOT / "tests" / "sharding_program.py", str(folder)))
+        length = "long" if AT_LENGTH else "short"
+        finished(run_ranks(processes, ROOT / "tests" / "sharding_program.py", str(folder), length))
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 4)}
 
 
@@ -71,21 +73,20 @@ def test_every_way_of_spreading_trains_the_same(results: dict[int, dict[Any, Any
                 continue
             same_training(result, single, (processes, *way))
             tried += 1
-    assert tried == (3 + 3 + 5) * 2 * 2  # ways x checkpointing x accumulation
+    assert tried == (3 + 3 + 5) * len(variants(AT_LENGTH))
 
 
 def test_every_family_of_language_models_trains_the_same_sharded(results: dict[int, dict[Any, Any]]) -> None:
-    for family in FAMILIES:
-        for tied in (True, False):
-            ddp, full = (results[2][family, tied, way] for way in ("ddp", "full"))
-            # Zamba 2's first gradient norm is equal to 1e-7; these weights magnify that by thousands in two updates.
-            factor = 10 if family == "zamba2" else 1
-            same_training(full, ddp, (family, tied), factor * FAMILY_LOSS_BOUND, factor * WEIGHT_BOUND)
-            before = small_flamingo(family, tied)
-            embedding = before.lang_encoder.get_input_embeddings()
-            after = full["weights"][embedding_name(before)]
-            # The reference's never train under FSDP.
-            assert not torch.equal(after[embedding.new_ids], embedding.weight[embedding.new_ids])
+    for family, tied in families(AT_LENGTH):
+        ddp, full = (results[2][family, tied, way] for way in ("ddp", "full"))
+        # Zamba 2's first gradient norm is equal to 1e-7; these weights magnify that by thousands in two updates.
+        factor = 10 if family == "zamba2" else 1
+        same_training(full, ddp, (family, tied), factor * FAMILY_LOSS_BOUND, factor * WEIGHT_BOUND)
+        before = small_flamingo(family, tied)
+        embedding = before.lang_encoder.get_input_embeddings()
+        after = full["weights"][embedding_name(before)]
+        # The reference's never train under FSDP.
+        assert not torch.equal(after[embedding.new_ids], embedding.weight[embedding.new_ids])
 
 
 def test_each_rank_holds_its_share_in_bytes(results: dict[int, dict[Any, Any]]) -> None:
