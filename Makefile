@@ -4,15 +4,15 @@
 #              what only a GPU can show, where there is one
 # make test-latest, make test-oldest
 #              what depends most on other libraries, on today's newest versions and on the oldest supported ones
-# make faults  inject every fault of docs/reliability.md, and print its table with passed or failed
+# make faults  inject every fault of docs/reliability.md, and print its table with passed or failed; what the test suite tries
+#              in a short form (broken data, memory, compiling, sharding) at length
 # make bench   beside the reference, what a CPU can show; the results replace those of docs/performance.md
 # make lint    formatting, rules, types
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests are many small processes: one thread each. Two pytest workers, as the machines that run them have two cores.
 # -rs: tests of launchers that are not installed are named; tests/launch/install.sh installs them.
-# --reruns: gloo's connections between real processes are refused now and then on a loaded machine; reruns are reported.
-TEST_FLAGS ?= -n 2 -rsR --reruns 2 --reruns-delay 3
+TEST_FLAGS ?= -n 2 -rs
 # Model, generation, goldens, step, sharding, resume.
 VERSION_TESTS := $(wildcard tests/test_model*.py tests/test_lang*.py tests/test_step.py tests/test_optimizer.py \
 	tests/test_precision.py tests/test_sharding.py tests/test_distributed.py tests/test_train.py tests/test_dependencies.py)
@@ -38,7 +38,8 @@ test-oldest: .venv-oldest/bin/python
 	$< -m pytest $(TEST_FLAGS) $(VERSION_TESTS)
 
 faults: .venv/test
-	$(BIN)/python tests/reliability.py
+	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python tests/reliability.py
+	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_precision.py tests/test_sharding.py
 
 bench: .venv/benchmark
 	$(BIN)/python -m benchmarks small

@@ -13,6 +13,14 @@ if not any("tests/gpu" in argument for argument in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite's numbers are the CPU's, those of tests/gpu apart
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# `make faults` sets it to "long": as many cases, updates and combinations as it takes to meet what is rare.
+AT_LENGTH = os.environ.get("OPEN_FLAMINGO_TEST_LENGTH") == "long"
+
+
+def cases(number: int) -> int:
+    """So many cases of a test that tries many at length, and an eighth of them otherwise."""
+    return number if AT_LENGTH else number // 8
+
 
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

@@ -1,6 +1,6 @@
 """Under torchrun: trains the same model on the same samples in every way of spreading it, and writes what came out.
 
-    torchrun --nproc-per-node=4 tests/sharding_program.py OUTPUT_FOLDER
+    torchrun --nproc-per-node=4 tests/sharding_program.py OUTPUT_FOLDER [long]
 
 Rank 0 writes {world_size}.pt: for each way, its losses, final weights, and for each rank the bytes it holds.
 """
@@ -31,7 +31,7 @@ from open_flamingo.train.step import TrainDataset, Trainer, train_step
 from open_flamingo.weights import trained_state_dict
 from tests.families import FAMILIES, IMAGE, VIS_DIM, VOCABULARY, flamingo, language_model
 
-UPDATES = 10
+UPDATES = {"short": 4, "long": 10}
 ROWS = 8  # an update and dataset, all ranks and micro-batches together
 
 
@@ -142,21 +142,34 @@ def ways(world_size: int) -> dict[str, Sharding | None]:
     return found
 
 
+def variants(long: bool) -> list[tuple[bool, int]]:
+    """(checkpointing, micro-batches): each with each, or each once."""
+    return [*itertools.product((False, True), (1, 2))] if long else [(False, 1), (True, 2)]
+
+
+def families(long: bool) -> list[tuple[str, bool]]:
+    """(family, tied): each with both, or with one in turns."""
+    found = [*itertools.product(FAMILIES, (True, False))]
+    return found if long else found[::4] + found[3::4]
+
+
 def main() -> None:
+    folder, length = [*sys.argv[1:], "short"][:2]
+    long = length == "long"
     with distributed(detect_launcher()) as world:
         results: dict[Any, Any] = {}
-        for (way, sharding), checkpointing, accumulation in itertools.product(
-            ways(world.world_size).items(), (False, True), (1, 2)
+        for (way, sharding), (checkpointing, accumulation) in itertools.product(
+            ways(world.world_size).items(), variants(long)
         ):
             model = build("llama", False, world, checkpointing)
-            results[way, checkpointing, accumulation] = run(model, world, sharding, accumulation, UPDATES)
+            results[way, checkpointing, accumulation] = run(model, world, sharding, accumulation, UPDATES[length])
         if world.world_size == 2:
-            for family, tied in itertools.product(FAMILIES, (True, False)):
+            for family, tied in families(long):
                 for way in ("ddp", "full"):
                     model = build(family, tied, world, False)
-                    results[family, tied, way] = run(model, world, ways(2)[way], 1, 3)
+                    results[family, tied, way] = run(model, world, ways(2)[way], 1, 3 if long else 2)
         if world.is_main:
-            torch.save(results, Path(sys.argv[1]) / f"{world.world_size}.pt")
+            torch.save(results, Path(folder) / f"{world.world_size}.pt")
 
 
 if __name__ == "__main__":

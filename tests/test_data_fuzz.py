@@ -1,4 +1,4 @@
-"""Thousands of broken samples and shards: nothing but the counted errors comes out, and reading ends.
+"""Broken samples and shards, thousands at length: nothing but the counted errors comes out, and reading ends.
 
 The cases are the same in each run (`derandomize`, seeded generators), so a failure is not a matter of luck.
 """
@@ -29,6 +29,7 @@ from open_flamingo.train.data.lanes import Lane, ShardOrder
 from open_flamingo.train.data.mmc4 import Mmc4Preparer
 from open_flamingo.train.data.samples import Counts, DataError, Drop, RawSample, Sample, SampleError
 from open_flamingo.train.data.tars import read_shard
+from tests.conftest import cases
 from tests.data_tools import MEDIA, Fixed, image_processor, tokenizer
 from tests.shards import big_picture, document, picture, synthetic_document, write_laion, write_mmc4
 
@@ -114,13 +115,13 @@ def test_changed_bytes_in_pictures_of_all_kinds() -> None:
     rng = np.random.default_rng(0)
     outcomes = {prepare("laion", jpg=data, txt=b"a caption") for data in pictures()}
     assert outcomes == {"sample"}
-    for _ in range(150):
+    for _ in range(cases(150)):
         outcomes |= {prepare("laion", jpg=flipped(data, rng), txt=b"a caption") for data in pictures()}
     assert outcomes <= {"sample", "corrupt_image", "image_too_large"}
     assert {"sample", "corrupt_image"} <= outcomes
 
 
-@fuzz(max_examples=800)
+@fuzz(max_examples=cases(800))
 @given(image=st.one_of(st.binary(max_size=80), st.sampled_from([None, 0, 1, 2])), caption=st.binary(max_size=300))
 def test_any_bytes_as_pair(image: bytes | int | None, caption: bytes) -> None:
     files = {"txt": caption}
@@ -129,7 +130,7 @@ def test_any_bytes_as_pair(image: bytes | int | None, caption: bytes) -> None:
     assert prepare("laion", **files) in {"sample", "no_image", "corrupt_image", "bad_caption", "image_too_large"}
 
 
-@fuzz(max_examples=500)
+@fuzz(max_examples=cases(500))
 @given(st.text(st.characters(), max_size=200))
 def test_any_text_as_caption(caption: str) -> None:
     outcome = prepare("laion", jpg=pictures()[0], txt=caption.encode("utf-8", "surrogatepass"))
@@ -159,13 +160,13 @@ def dumped(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-@fuzz(max_examples=800)
+@fuzz(max_examples=cases(800))
 @given(ANY_JSON)
 def test_any_json_as_document(value: Any) -> None:
     assert prepare("mmc4", json=dumped(value)) in MMC4_OUTCOMES
 
 
-@fuzz(max_examples=800)
+@fuzz(max_examples=cases(800))
 @given(st.data())
 def test_documents_with_one_part_replaced(data: st.DataObject) -> None:
     """Anywhere: a field, a sentence, a row or a value of the matrix, a picture."""
@@ -185,14 +186,14 @@ def test_documents_with_one_part_replaced(data: st.DataObject) -> None:
     assert prepare("mmc4", json=dumped(broken)) in MMC4_OUTCOMES
 
 
-@fuzz(max_examples=300)
+@fuzz(max_examples=cases(300))
 @given(ANY_TEXT, ANY_TEXT)
 def test_any_sentences(one: str, other: str) -> None:
     changed = {**good_document(), "text_list": [one, other, "a", "b"]}
     assert prepare("mmc4", json=dumped(changed)) in MMC4_OUTCOMES - {"bad_json", "bad_similarity", "bad_base64"}
 
 
-@fuzz(max_examples=300)
+@fuzz(max_examples=cases(300))
 @given(st.lists(st.lists(st.floats() | st.none(), max_size=5), max_size=4))
 def test_any_matrix(matrix: list[list[float | None]]) -> None:
     assert prepare("mmc4", json=dumped({**good_document(), "similarity_matrix": matrix})) in MMC4_OUTCOMES
@@ -203,11 +204,11 @@ def test_changed_bytes_in_documents(synthetic: bool) -> None:
     rng = np.random.default_rng(1)
     good = dumped(synthetic_document(rng, 2, 0) if synthetic else good_document())
     assert prepare("mmc4", json=good) == "sample"
-    outcomes = {prepare("mmc4", json=flipped(good, rng)) for _ in range(400)}
+    outcomes = {prepare("mmc4", json=flipped(good, rng)) for _ in range(cases(400))}
     assert outcomes <= MMC4_OUTCOMES
     assert "bad_json" in outcomes
     info = {"image_base64": base64.b64encode(flipped(big_picture(rng, "red"), rng)).decode()}
-    for _ in range(200):
+    for _ in range(cases(200)):
         info = {"image_base64": base64.b64encode(flipped(big_picture(rng, "red"), rng)).decode()}
         changed = {**good_document(), "image_info": [info, *good_document()["image_info"][1:]]}
         assert prepare("mmc4", json=dumped(changed)) in MMC4_OUTCOMES
@@ -258,7 +259,7 @@ def test_changed_bytes_in_tars_of_all_formats(kind: int) -> None:
     good = small_shard(kind)
     assert read_tar(good) == 4
     rng = np.random.default_rng(kind)
-    assert len({read_tar(flipped(good, rng)) for _ in range(1500)}) > 2
+    assert len({read_tar(flipped(good, rng)) for _ in range(cases(1500))}) > 2
 
 
 def header(name: bytes, size: bytes, kind: bytes, rest: bytes) -> bytes:
@@ -301,7 +302,7 @@ MEMBERS = st.tuples(
 )
 
 
-@fuzz(max_examples=1500)
+@fuzz(max_examples=cases(1500))
 @given(st.lists(MEMBERS, min_size=1, max_size=6))
 def test_hostile_headers_with_right_checksums(members: list[tuple[bytes, bytes, bytes, bytes, bytes]]) -> None:
     data = b"".join(
@@ -318,7 +319,7 @@ def test_changed_bytes_in_compressed_shards(tmp_path: Path, compress: Any) -> No
     rng = np.random.default_rng(2)
     path = tmp_path / "a.tar"
     outcomes = set()
-    for case in range(300):
+    for case in range(cases(300)):
         path.write_bytes(flipped(good, rng) if case else good)
         try:
             outcomes.add(len(list(read_shard(str(path), Counts()))))

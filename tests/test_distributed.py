@@ -1,4 +1,4 @@
-"""Two real processes under torchrun: the same training, synchronized once per update, and nothing lost by kill -9."""
+"""Several real processes: the same training, synchronized once per update, and nothing lost by kill -9."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import os
 import random
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import pytest
 import torch
 
 from open_flamingo.train.train import main
-from tests.tiny import ROOT, assert_same, finished, kill, torchrun
+from tests.ranks import Fork, run_ranks
+from tests.tiny import ROOT, assert_same, finished, kill
 
 TRAIN = ROOT / "train" / "train.py"
 
@@ -28,7 +27,7 @@ def test_one_two_and_four_ranks_train_the_same_at_one_global_batch(flags: list[s
     main([*flags, f"--run_name={runs[1]}"])
     for ranks in (2, 4):
         shares = [f"--batch_size_{kind}={4 // ranks}" for kind in ("laion", "mmc4")]
-        finished(torchrun(ranks, TRAIN, *flags, *shares, f"--run_name={runs[ranks]}"))
+        finished(run_ranks(ranks, TRAIN, *flags, *shares, f"--run_name={runs[ranks]}"))
     one, *others = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs.values()
     )
@@ -49,7 +48,7 @@ def test_on_other_ranks_a_run_goes_on_at_the_same_samples(flags: list[str], tmp_
     (run / "checkpoint_0.pt").unlink()
     assert sorted(path.name for path in run.glob("*.pt")) == ["epoch_0_step_10.pt", "epoch_0_step_15.pt"]
 
-    finished(torchrun(2, TRAIN, *flags, f"--run_name={run}", "--save_steps=2"))
+    finished(run_ranks(2, TRAIN, *flags, f"--run_name={run}", "--save_steps=2"))
     # 15 updates of 4 pairs; then 2 of 8 in what is left of the first epoch (80 pairs), and 10 in the second.
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 28))
@@ -65,14 +64,14 @@ def test_on_other_ranks_a_run_goes_on_at_the_same_samples(flags: list[str], tmp_
 
 def test_the_slowest_rank_s_wait_for_data_is_logged(flags: list[str], tmp_path: Path) -> None:
     program = ROOT / "tests" / "faulty.py"
-    finished(torchrun(2, program, '{"seconds_loading": 0.5}', *flags, f"--run_name={tmp_path}", "--num_epochs=1"))
+    finished(run_ranks(2, program, '{"seconds_loading": 0.5}', *flags, f"--run_name={tmp_path}", "--num_epochs=1"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["data_wait"] > 0.3  # rank 0's own is next to nothing
 
 
 def test_gradients_are_synchronized_once_an_update_in_the_same_buckets_from_the_first_on(flags: list[str]) -> None:
     """With three or more ranks, other buckets mean another order of additions: a resumed run would not be the same."""
-    output = finished(torchrun(2, ROOT / "tests" / "count_reductions.py", *flags, "--gradient_accumulation_steps=3"))
+    output = finished(run_ranks(2, ROOT / "tests" / "count_reductions.py", *flags, "--gradient_accumulation_steps=3"))
     first, second = (list(map(int, line.split())) for line in re.findall(r"^buckets (.*)$", output, re.MULTILINE))
     assert first == second
     assert len(first) > 1  # else there is only one way to lay them out
@@ -84,7 +83,7 @@ def test_a_run_goes_on_on_another_number_of_processes(flags: list[str], tmp_path
     halved = ["--batch_size_laion=2", "--batch_size_mmc4=1", "--workers=2"]  # the same samples an update
     main([*flags, f"--run_name={tmp_path / 'one'}"])
     finished(
-        torchrun(2, TRAIN, *flags, *halved, f"--run_name={tmp_path / 'moved'}", "--save_steps=3", "--num_epochs=1")
+        run_ranks(2, TRAIN, *flags, *halved, f"--run_name={tmp_path / 'moved'}", "--save_steps=3", "--num_epochs=1")
     )
     (tmp_path / "moved" / "checkpoint_0.pt").unlink()
     assert (tmp_path / "moved" / "epoch_0_step_3.pt").exists()
@@ -112,14 +111,12 @@ def test_ranks_train_on_the_list_of_shards_that_rank_0_found(tmp_path: Path) -> 
         (tmp_path / str(rank)).mkdir()
     for name in ("1.tar", "0.tar"):
         (tmp_path / "0" / name).touch()
-    command = [sys.executable, "-c", LISTS_SHARDS, "--laion_shards=*.tar", f"--dist-url=file://{tmp_path}/meet"]
+    command = ["-c", LISTS_SHARDS, "--laion_shards=*.tar", f"--dist-url=file://{tmp_path}/meet"]
     ranks = [
-        subprocess.Popen(
-            command,
+        Fork(
+            *command,
             cwd=tmp_path / str(rank),
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            text=True,
+            environment=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
         )
         for rank in range(2)
     ]
@@ -137,7 +134,7 @@ def test_kill_9_at_any_moment_loses_nothing(flags: list[str], tmp_path: Path) ->
     command. The final checkpoint is that of the run never killed, bit for bit."""
     program = ROOT / "tests" / "slow_disk.py"
     flags = [*flags, "--workers=1", "--save_steps=1", "--train_num_samples_laion=64", "--train_num_samples_mmc4=32"]
-    finished(torchrun(2, program, *flags, f"--run_name={tmp_path / 'whole'}"))
+    finished(run_ranks(2, program, *flags, f"--run_name={tmp_path / 'whole'}"))
 
     run = tmp_path / "killed"
     lines = run / "metrics.jsonl"
@@ -147,7 +144,7 @@ def test_kill_9_at_any_moment_loses_nothing(flags: list[str], tmp_path: Path) ->
         return len(lines.read_text().splitlines()) if lines.exists() else 0
 
     for moment in ("training", "saving", "training"):
-        process = torchrun(2, program, *flags, f"--run_name={run}")
+        process = run_ranks(2, program, *flags, f"--run_name={run}")
         before = updates_done()
         wait_for(lambda before=before: updates_done() > before, process)
         if moment == "saving":
@@ -157,7 +154,7 @@ def test_kill_9_at_any_moment_loses_nothing(flags: list[str], tmp_path: Path) ->
         else:
             time.sleep(moments.uniform(0, 1.0))
             kill(process)
-    finished(torchrun(2, program, *flags, f"--run_name={run}"))
+    finished(run_ranks(2, program, *flags, f"--run_name={run}"))
 
     name = "checkpoint_1.pt"
     assert_same(*(torch.load(folder / name, weights_only=True) for folder in (tmp_path / "whole", run)))

@@ -19,6 +19,7 @@ from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.distributed import World, detect_launcher, distributed, first_host, init_method
 from tests.launch import slurm as slurm_cluster
 from tests.launch.slurm import Slurm, free_port
+from tests.ranks import Fork, held_port
 from tests.tiny import ROOT, assert_same, finished, kill
 
 TRAIN, WHERE = ROOT / "train" / "train.py", ROOT / "tests" / "launch" / "where.py"
@@ -291,17 +292,17 @@ def wait_for(condition: Callable[[], object], alive: Callable[[], bool], what_it
 def test_two_nodes_of_torchrun(
     recipe: list[str], shards: dict[str, str], undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    port = free_port()
     patterns = [f"--laion_shards={shards['laion']}", f"--mmc4_shards={shards['mmc4']}"]
     run = [TRAIN, *recipe, *patterns, f"--run_name={tmp_path / 'run'}"]
-    nodes = [torchrun(*run, nodes=2, node=node, port=port) for node in range(2)]
-    try:
-        for node in nodes:
-            finished(node)
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                kill(node)
+    with held_port() as port:
+        nodes = [torchrun(*run, nodes=2, node=node, port=port) for node in range(2)]
+        try:
+            for node in nodes:
+                finished(node)
+        finally:
+            for node in nodes:
+                if node.poll() is None:
+                    kill(node)
     assert_same(undisturbed, load(tmp_path / "run"))
 
 
@@ -322,9 +323,11 @@ def test_mpirun(
 
 
 def test_by_hand() -> None:
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(sys.executable, WHERE, **variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    found = [json.loads(finished(rank).rpartition("found ")[2] or "null") for rank in ranks]
+    with held_port() as port:
+        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environments = [os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        ranks = [Fork(WHERE, environment=environment) for environment in environments]
+        found = [json.loads(finished(rank).rpartition("found ")[2] or "null") for rank in ranks]
     assert found[0]["ranks"] == [[0, 0, 2], [1, 1, 2]]
 
 

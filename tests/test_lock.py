@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +13,8 @@ import pytest
 from open_flamingo.train import lock
 from open_flamingo.train.lock import LOCK, run_lock
 from open_flamingo.train.train import main
+from tests.ranks import Fork
+from tests.tiny import ROOT
 
 
 def elsewhere(path: Path, beat: int = 0) -> None:
@@ -26,19 +25,20 @@ def elsewhere(path: Path, beat: int = 0) -> None:
 
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused(flags: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "open_flamingo.train.train", *flags, f"--run_name={run}"]
-    first = subprocess.Popen([*command, "--num_epochs=1000"], stderr=subprocess.DEVNULL)
+    command = [ROOT / "train" / "train.py", *flags, f"--run_name={run}"]
+    first = Fork(*command, "--num_epochs=1000")
     while not (run / "checkpoint_0.pt").exists():
         assert first.poll() is None
         time.sleep(0.05)
-    second = subprocess.run(command, capture_output=True, text=True)
+    second = Fork(*command)
+    said, _ = second.communicate()
     assert second.returncode == 1
-    assert "is the folder of a run that lives: on " in second.stderr
-    assert f"process {first.pid}, since 20" in second.stderr
-    assert "Traceback" not in second.stderr
+    assert "is the folder of a run that lives: on " in said
+    assert f"process {first.pid}, since 20" in said
+    assert "Traceback" not in said
 
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.communicate()
     assert (run / LOCK).exists()
     main([*flags, f"--run_name={run}", "--num_epochs=1"])  # a dead one's lock holds nobody up
     assert not (run / LOCK).exists()

@@ -19,10 +19,12 @@ from open_flamingo.train.parallel import Sharding, parallelize, shard_size
 from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name
+from tests.conftest import AT_LENGTH
 from tests.families import FAMILIES
-from tests.sharding_program import small_flamingo
+from tests.ranks import run_ranks
+from tests.sharding_program import families, small_flamingo, variants
 from tests.test_train import metrics
-from tests.tiny import ROOT, VISION_CONFIG, assert_same, finished, torchrun
+from tests.tiny import ROOT, VISION_CONFIG, assert_same, finished
 
 # The ways differ in the order in which float32 numbers are added: a relative 1e-7 per sum. AdamW divides each gradient by its own
 # size, so where one is as small as its rounding error (or AdamW's eps of 1e-8), that weight's update is arbitrary: one number in
@@ -37,7 +39,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any
     """What tests/sharding_program.py wrote on 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("sharding")
     for processes in (1, 2, 4):
-        finished(torchrun(processes, ROOT / "tests" / "sharding_program.py", str(folder)))
+        length = "long" if AT_LENGTH else "short"
+        finished(run_ranks(processes, ROOT / "tests" / "sharding_program.py", str(folder), length))
     return {processes: torch.load(folder / f"{processes}.pt", weights_only=True) for processes in (1, 2, 4)}
 
 
@@ -70,21 +73,20 @@ def test_every_way_of_spreading_trains_the_same(results: dict[int, dict[Any, Any
                 continue
             same_training(result, single, (processes, *way))
             tried += 1
-    assert tried == (3 + 3 + 5) * 2 * 2  # ways x checkpointing x accumulation
+    assert tried == (3 + 3 + 5) * len(variants(AT_LENGTH))
 
 
 def test_every_family_of_language_models_trains_the_same_sharded(results: dict[int, dict[Any, Any]]) -> None:
-    for family in FAMILIES:
-        for tied in (True, False):
-            ddp, full = (results[2][family, tied, way] for way in ("ddp", "full"))
-            # Zamba 2's first gradient norm is equal to 1e-7; these weights magnify that by thousands in two updates.
-            factor = 10 if family == "zamba2" else 1
-            same_training(full, ddp, (family, tied), factor * FAMILY_LOSS_BOUND, factor * WEIGHT_BOUND)
-            before = small_flamingo(family, tied)
-            embedding = before.lang_encoder.get_input_embeddings()
-            after = full["weights"][embedding_name(before)]
-            # The reference's never train under FSDP.
-            assert not torch.equal(after[embedding.new_ids], embedding.weight[embedding.new_ids])
+    for family, tied in families(AT_LENGTH):
+        ddp, full = (results[2][family, tied, way] for way in ("ddp", "full"))
+        # Zamba 2's first gradient norm is equal to 1e-7; these weights magnify that by thousands in two updates.
+        factor = 10 if family == "zamba2" else 1
+        same_training(full, ddp, (family, tied), factor * FAMILY_LOSS_BOUND, factor * WEIGHT_BOUND)
+        before = small_flamingo(family, tied)
+        embedding = before.lang_encoder.get_input_embeddings()
+        after = full["weights"][embedding_name(before)]
+        # The reference's never train under FSDP.
+        assert not torch.equal(after[embedding.new_ids], embedding.weight[embedding.new_ids])
 
 
 def test_each_rank_holds_its_share_in_bytes(results: dict[int, dict[Any, Any]]) -> None:
@@ -126,7 +128,7 @@ def test_only_rank_0_reads_the_backbones(backbones: list[str], tmp_path: Path) -
         (tmp_path / f"{name}.json").write_text(json.dumps(VISION_CONFIG | {"vision_cfg": vision}))
     lm_path = next(flag.partition("=")[2] for flag in backbones if flag.startswith("--lm_path="))
     configs = [str(tmp_path / f"{name}.json") for name in trunks]
-    output = finished(torchrun(2, ROOT / "tests" / "backbones_program.py", lm_path, *configs))
+    output = finished(run_ranks(2, ROOT / "tests" / "backbones_program.py", lm_path, *configs))
     assert output.count("the same: ") == 2 * len(trunks), output
 
 
@@ -139,7 +141,7 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_world_size(flags: list[str]
 
     def train(processes: int, epochs: int, *more: str) -> None:
         batch = f"--batch_size_laion={4 // processes}"
-        finished(torchrun(processes, ROOT / "train" / "train.py", *flags, run, batch, f"--num_epochs={epochs}", *more))
+        finished(run_ranks(processes, ROOT / "train" / "train.py", *flags, run, batch, f"--num_epochs={epochs}", *more))
 
     train(2, 1)
     train(2, 2, "--fsdp", "--checkpoint_format=sharded")
@@ -158,7 +160,7 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_world_size(flags: list[str]
 def test_a_sharded_checkpoint_becomes_the_file_that_would_have_been_written(flags: list[str], tmp_path: Path) -> None:
     for checkpoint_format in ("file", "sharded"):
         run = [f"--run_name={tmp_path / checkpoint_format}", f"--checkpoint_format={checkpoint_format}", "--fsdp"]
-        finished(torchrun(2, ROOT / "train" / "train.py", *flags, *run, "--save_steps=1"))
+        finished(run_ranks(2, ROOT / "train" / "train.py", *flags, *run, "--save_steps=1"))
     sharded = tmp_path / "sharded"
     assert sorted(path.name for path in sharded.glob("*_*")) == sorted(
         ["checkpoint_0", "checkpoint_1", "epoch_0_step_1", "epoch_1_step_3"]
@@ -200,7 +202,7 @@ def test_each_rank_sums_its_own_files(flags: list[str], tmp_path: Path) -> None:
         "train.main(sys.argv[1:])\n"
     )
     run = [f"--run_name={tmp_path / 'run'}", "--checkpoint_format=sharded", "--fsdp", "--num_epochs=1"]
-    output = finished(torchrun(2, program, *flags, *run))
+    output = finished(run_ranks(2, program, *flags, *run))
     found = re.findall(r"rank (\d) sums (\S+)", output)
     files = [path.name for path in (tmp_path / "run" / "checkpoint_0").iterdir() if path.name != "SHA256SUMS"]
     assert sorted(name for _, name in found) == sorted(files)

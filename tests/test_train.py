@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,8 +23,9 @@ from open_flamingo.train.health import Health, Signals
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name, head_name
+from tests.ranks import Fork
 from tests.sharding_program import small_flamingo
-from tests.tiny import assert_same
+from tests.tiny import ROOT, assert_same
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -446,21 +445,21 @@ def test_a_run_that_fails_does_not_wait_for_its_workers(flags: list[str], tmp_pa
         "step.compute_loss = compute_loss\n"
         "train.main(sys.argv[1:])\n"
     )
-    command = [sys.executable, str(program), *flags, f"--run_name={tmp_path}/run", "--workers=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.endswith("CUDA out of memory\n"), done.stderr
-    assert done.stdout.splitlines()[-2:] == ["4 workers", "0 workers left"]
+    with (tmp_path / "errors").open("w") as errors:
+        process = Fork(program, *flags, f"--run_name={tmp_path}/run", "--workers=2", stderr=errors)
+        output, _ = process.communicate()
+    said = (tmp_path / "errors").read_text()
+    assert process.returncode == 1, said
+    assert said.endswith("CUDA out of memory\n"), said
+    assert output.splitlines()[-2:] == ["4 workers", "0 workers left"]
 
 
 # ------------------------------------------------------------------------------------------------- what is told of the run
 
 
-def program(flags: list[str], run: Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "open_flamingo.train.train", *flags, f"--run_name={run}"]
+def program(flags: list[str], run: Path, **options: Any) -> Fork:
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # another test's
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
-    return subprocess.Popen(command, text=True, env=environment, **options)
+    return Fork(ROOT / "train" / "train.py", *flags, f"--run_name={run}", environment=environment, **options)
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(flags: list[str], tmp_path: Path) -> None:
@@ -485,7 +484,7 @@ def test_wandb_without_a_key_is_refused_before_a_model_is_built(online: list[str
     given = next(flag for flag in online if flag.startswith("--lm_path=")).partition("=")[2]
     broken = shutil.copytree(given, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"")
-    process = program([*online, f"--lm_path={broken}"], tmp_path / "run", stdin=subprocess.DEVNULL)
+    process = program([*online, f"--lm_path={broken}"], tmp_path / "run")
     output, _ = process.communicate()
     assert process.returncode == 1
     assert re.search(r"E cannot start: --report_to_wandb: .*`wandb login`.* WANDB_API_KEY", output), output

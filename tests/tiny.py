@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tests.ranks import Fork
+
 ROOT = Path(__file__).parent.parent
 TOKENIZER = Path(__file__).parent / "golden" / "common" / "tokenizer_base"
 SAME_TRAINING = 2e-5
@@ -60,7 +62,10 @@ def write_backbones(folder: Path) -> list[str]:
 
 
 def torchrun(processes: int, program: str | Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
-    """Starts `program` under torchrun, in a process group of its own, meeting on a port that was free."""
+    """Starts `program` under torchrun, in a process group of its own, meeting on a port that was free.
+
+    For what torchrun does itself; `tests.ranks.run_ranks` starts ranks in a fraction of the time.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += [f"--max-restarts={restarts}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(program), *arguments]
@@ -75,14 +80,14 @@ def torchrun(processes: int, program: str | Path, *arguments: str, restarts: int
     )
 
 
-def finished(process: subprocess.Popen[str]) -> str:
+def finished(process: subprocess.Popen[str] | Fork) -> str:
     """Waits for `process` and returns what it said; fails the test, showing it, if the exit code was not 0."""
     output, _ = process.communicate()
     assert process.returncode == 0, output
     return output
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[str] | Fork) -> None:
     """kill -9 for `process` and everything that it has started, all at the same moment as far as Linux can."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
