@@ -17,7 +17,6 @@ TRAINING = requirements("requirements-training.txt")
 TEST = [
     "pytest>=8",
     "pytest-xdist",
-    "pytest-rerunfailures",
     "moto[server]",
     "awscli",
     "setuptools>=64",
