@@ -5,7 +5,7 @@
 # make test-latest, make test-oldest
 #              what depends most on other libraries, on today's newest versions and on the oldest supported ones
 # make faults  inject every fault of docs/reliability.md, and print its table with passed or failed; what the test suite tries
-#              in a short form (broken data, memory, compiling, sharding) at length
+#              in a short form (broken data, memory, compiling, sharding) or not at all (benchmarks) at length
 # make bench   beside the reference, what a CPU can show; the results replace those of docs/performance.md
 # make lint    formatting, rules, types
 PYTHON ?= python3
@@ -39,7 +39,8 @@ test-oldest: .venv-oldest/bin/python
 
 faults: .venv/test
 	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python tests/reliability.py
-	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_precision.py tests/test_sharding.py
+	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_precision.py tests/test_sharding.py \
+		tests/test_benchmarks.py tests/test_scaling.py
 
 bench: .venv/benchmark
 	$(BIN)/python -m benchmarks small

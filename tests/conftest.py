@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # `make faults` sets it to "long": as many cases, updates and combinations as it takes to meet what is rare.
 AT_LENGTH = os.environ.get("OPEN_FLAMINGO_TEST_LENGTH") == "long"
 
+only_at_length = pytest.mark.skipif(not AT_LENGTH, reason="only at length: OPEN_FLAMINGO_TEST_LENGTH=long")
+
 
 def cases(number: int) -> int:
     """So many cases of a test that tries many at length, and an eighth of them otherwise."""

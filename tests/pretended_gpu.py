@@ -1,5 +1,6 @@
 """A device that there is not. `python tests/pretended_gpu.py FLAG ...` trains on it, one epoch and then, resumed, a second, and
-prints what waited for it; without flags, what waits in a forward and backward pass of each family of language models.
+prints what waited for it between one optimizer step and the next; without flags, what waits in a forward and backward pass
+of each family of language models.
 
 Its tensors say that they are on a device of their own, and keep their values on the CPU, where all is computed. What a GPU would
 refuse is refused: an operation on tensors of both devices. What would make a program wait for a GPU is counted: reading a
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -192,10 +194,16 @@ def train_twice(flags: list[str]) -> None:
     from open_flamingo.train.train import main as train
 
     distributed._device = lambda place, set_device: torch.device(NAME, 0)
-    for epochs in (1, 2):
-        train([*flags, f"--num_epochs={epochs}"])
+
+    def tell(*_: Any) -> None:
         print("waited:", json.dumps(waits))
         waits.clear()
+
+    register_optimizer_step_post_hook(tell)
+    for epochs in (1, 2):
+        train([*flags, f"--num_epochs={epochs}"])
+        tell()
+        print("end of a run")
 
 
 def pass_through_families() -> None:

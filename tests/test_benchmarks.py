@@ -18,6 +18,7 @@ from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights, wr
 from benchmarks.child import ROOT, Child
 from benchmarks.shapes import SHAPES, Shape, Text, draw_batches, gpt_neox, needed_flops, vit
 from open_flamingo import create_model_and_transforms
+from tests.conftest import only_at_length
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def the_reference() -> None:
         pytest.skip(str(error))
 
 
+@only_at_length
 @pytest.mark.usefixtures("folder", "the_reference")
 def test_both_programs_compute_the_same_losses() -> None:
     comparison = steps.compare(SHAPES["toy-mpt"], "fp32", rounds=1, steps=1)
@@ -49,6 +51,7 @@ def test_both_programs_compute_the_same_losses() -> None:
         assert row in text
 
 
+@only_at_length
 def test_without_the_reference_in_turns(folder: Path) -> None:
     """As on a GPU: a process for each turn."""
     comparison = steps.compare(SHAPES["toy"], "fp32", 2, 1, only_ours=True, resident=False, chunks=2)
@@ -57,6 +60,7 @@ def test_without_the_reference_in_turns(folder: Path) -> None:
     assert all(ours.parts[part] > 0 for part in ("vision", "resampler", "language model backward", "optimizer"))
 
 
+@only_at_length
 def test_a_day_on_a_gpu_keeps_what_it_has(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +101,7 @@ def test_a_difference_is_not_overlooked(other: list[list[float]]) -> None:
         steps.Comparison(SHAPES["toy"], {}, {}, {"reference": reference, "ours": ours}).check()
 
 
+@only_at_length
 @pytest.mark.usefixtures("folder", "the_reference")
 def test_saving() -> None:
     results = saving.measure(SHAPES["toy"], "fp32", rounds=1, only_ours=False)
@@ -107,6 +112,7 @@ def test_saving() -> None:
         assert 0 < each["standstill"] <= each["on_disk"]
 
 
+@only_at_length
 @pytest.mark.usefixtures("folder", "the_reference")
 def test_both_loaders_read_the_same_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "SIZES", (shards.Size(160, 120),))

@@ -21,6 +21,7 @@ from open_flamingo import Flamingo
 from open_flamingo.train.data import lanes
 from open_flamingo.train.distributed import World
 from open_flamingo.train.parallel import Sharding, gradient_sync, parallelize
+from tests.conftest import only_at_length
 from tests.tiny import ROOT, VISION_CONFIG
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
@@ -41,6 +42,7 @@ def numbers(cell: str) -> tuple[str, list[float]]:
     return re.sub(r"\d[\d,]*\.?\d*", "#", cell), found
 
 
+@only_at_length
 def test_the_document_holds_what_the_script_computes() -> None:
     """To 2%: how many matrix products a model takes may differ a little from one version of transformers to the next."""
     document = DOCUMENT.read_text(encoding="utf-8")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from open_flamingo import create_model_and_transforms
@@ -24,7 +24,10 @@ from open_flamingo.train.precision import autocast, cast_frozen_weights
 from open_flamingo.train.step import TrainDataset, Trainer, compute_loss, train_step
 from open_flamingo.vision import patch_tokens
 from tests.families import FAMILIES
-from tests.tiny import ROOT
+from tests.ranks import Fork
+from tests.tiny import ROOT, finished
+
+OPT_WAITS_NOT = Version(transformers.__version__) >= Version("5.18")  # for its mask, in each forward pass
 
 
 @pytest.fixture
@@ -72,29 +75,27 @@ def test_on_a_device_of_its_own_nothing_is_elsewhere_and_little_waits(
     flags: list[str], how: tuple[str, ...], tmp_path: Path
 ) -> None:
     """As on a GPU: operations find all their tensors on the device, and updates wait for it once a forward pass, where the ranks
-    agree on whether the loss is finite. The rest of what waits is the log and the checkpoint."""
-    command = [sys.executable, "tests/pretended_gpu.py", *flags, *how, "--logging_steps=2", f"--run_name={tmp_path}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    agree on whether the loss is finite. Beside, only the log waits, every second update, and the checkpoint at the end."""
+    process = Fork(ROOT / "tests" / "pretended_gpu.py", *flags, *how, "--logging_steps=2", f"--run_name={tmp_path}")
+    output = finished(process)
     for words in ("1 x pretended", "resuming from", "finished: 2 epochs"):
-        assert words in result.stderr
-    waits = [json.loads(line.removeprefix("waited: ")) for line in result.stdout.splitlines() if "waited: " in line]
-    assert len(waits) == 2  # an epoch each: four updates on two datasets, two lines in the log, a checkpoint
-    for of_epoch in waits:
-        assert of_epoch.pop("health.py:agree") == 4 * 2
-        assert of_epoch.pop("health.py:check_finite") == 1
-        assert of_epoch.pop("health.py:flush") == 1
-        assert of_epoch.pop("libraries.py:adamw_scales_and_skips") == 3  # at the start
-        assert of_epoch.pop("report.py:measure") == 2
-        assert of_epoch.pop("precision.py:state_dict", 0) == (3 * (2 + 1) if "--precision=fp16" in how else 0)
-        of_epoch.pop("flamingo.py:forward", None)  # OPT's, of its mask, up to transformers 5.17
-        assert not of_epoch
+        assert words in output
+    runs = output.split("end of a run\n")[:2]  # an epoch each: four updates on two datasets
+    for run in runs:
+        waits = [json.loads(counts) for counts in re.findall(r"waited: (.*)", run)]
+        *_, _, second, third, fourth, after = (
+            sum(of.values()) for of in waits
+        )  # steps that only try AdamW come before
+        at_most = 2 if OPT_WAITS_NOT else 8
+        assert 2 <= second <= at_most, waits
+        assert 2 <= fourth <= at_most, waits
+        assert second <= third <= second + 4, waits  # two numbers of the log, and what the loss scaler is at
+        assert after <= 10, waits
 
 
 def test_no_family_of_language_models_waits_for_the_device_while_it_trains() -> None:
-    result = subprocess.run([sys.executable, "tests/pretended_gpu.py"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    waits = {name: json.loads(counts) for name, counts in re.findall(r"(\w+) waited: (.*)", result.stdout)}
+    output = finished(Fork(ROOT / "tests" / "pretended_gpu.py"))
+    waits = {name: json.loads(counts) for name, counts in re.findall(r"(\w+) waited: (.*)", output)}
     waits.pop("opt")
     assert len(waits) == len(FAMILIES) - 1
     assert {name: counts for name, counts in waits.items() if counts} == {}
