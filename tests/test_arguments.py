@@ -61,12 +61,18 @@ REFERENCE_FLAGS = {
 }
 
 
+@pytest.mark.fault(
+    "Flags that do not go together (all loss weights 0, unequal epochs, minimum of images above the maximum, ...)"
+)
 def test_every_flag_of_the_reference_with_its_default() -> None:
     parser = build_parser()
     defaults = {option: action.default for action in parser._actions for option in action.option_strings}
     assert {name: defaults[name] for name in REFERENCE_FLAGS} == REFERENCE_FLAGS
 
 
+@pytest.mark.fault(
+    "Flags that do not go together (all loss weights 0, unequal epochs, minimum of images above the maximum, ...)"
+)
 @pytest.mark.parametrize(
     "command", [["train/train.py"], ["-m", "open_flamingo.train.train"]], ids=["as a file", "as a module"]
 )
@@ -84,6 +90,9 @@ def test_help_and_mistakes_answer_without_the_heavy_imports(command: list[str], 
     assert "Traceback" not in wrong.stderr
 
 
+@pytest.mark.fault(
+    "Flags that do not go together (all loss weights 0, unequal epochs, minimum of images above the maximum, ...)"
+)
 def test_epochs_of_different_length_are_refused_with_the_nearest_that_agree() -> None:
     check_epoch_lengths(250_000, 64, 125_000, 32)  # the reference's 3B recipe
     with pytest.raises(ValueError, match=r"= 100 and .* = 99") as refused:

@@ -110,6 +110,11 @@ def pictures() -> list[bytes]:
     return [*result, buffer.getvalue()]
 
 
+@pytest.mark.fault(
+    "Data",
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)",
+    "a sample or a counted reason; reading ends",
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_changed_bytes_in_pictures_of_all_kinds() -> None:
     rng = np.random.default_rng(0)
@@ -121,6 +126,9 @@ def test_changed_bytes_in_pictures_of_all_kinds() -> None:
     assert {"sample", "corrupt_image"} <= outcomes
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @fuzz(max_examples=cases(800))
 @given(image=st.one_of(st.binary(max_size=80), st.sampled_from([None, 0, 1, 2])), caption=st.binary(max_size=300))
 def test_any_bytes_as_pair(image: bytes | int | None, caption: bytes) -> None:
@@ -130,6 +138,9 @@ def test_any_bytes_as_pair(image: bytes | int | None, caption: bytes) -> None:
     assert prepare("laion", **files) in {"sample", "no_image", "corrupt_image", "bad_caption", "image_too_large"}
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @fuzz(max_examples=cases(500))
 @given(st.text(st.characters(), max_size=200))
 def test_any_text_as_caption(caption: str) -> None:
@@ -160,12 +171,18 @@ def dumped(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @fuzz(max_examples=cases(800))
 @given(ANY_JSON)
 def test_any_json_as_document(value: Any) -> None:
     assert prepare("mmc4", json=dumped(value)) in MMC4_OUTCOMES
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @fuzz(max_examples=cases(800))
 @given(st.data())
 def test_documents_with_one_part_replaced(data: st.DataObject) -> None:
@@ -186,6 +203,9 @@ def test_documents_with_one_part_replaced(data: st.DataObject) -> None:
     assert prepare("mmc4", json=dumped(broken)) in MMC4_OUTCOMES
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @fuzz(max_examples=cases(300))
 @given(ANY_TEXT, ANY_TEXT)
 def test_any_sentences(one: str, other: str) -> None:
@@ -193,12 +213,18 @@ def test_any_sentences(one: str, other: str) -> None:
     assert prepare("mmc4", json=dumped(changed)) in MMC4_OUTCOMES - {"bad_json", "bad_similarity", "bad_base64"}
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @fuzz(max_examples=cases(300))
 @given(st.lists(st.lists(st.floats() | st.none(), max_size=5), max_size=4))
 def test_any_matrix(matrix: list[list[float | None]]) -> None:
     assert prepare("mmc4", json=dumped({**good_document(), "similarity_matrix": matrix})) in MMC4_OUTCOMES
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @pytest.mark.parametrize("synthetic", [False, True])
 def test_changed_bytes_in_documents(synthetic: bool) -> None:
     rng = np.random.default_rng(1)
@@ -254,6 +280,9 @@ def small_shard(kind: int) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_changed_bytes_in_tars_of_all_formats(kind: int) -> None:
     good = small_shard(kind)
@@ -302,6 +331,10 @@ MEMBERS = st.tuples(
 )
 
 
+@pytest.mark.fault("Tar headers that lie: sizes of 8 EiB or below zero, names of 1 GiB, sparse files")
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @fuzz(max_examples=cases(1500))
 @given(st.lists(MEMBERS, min_size=1, max_size=6))
 def test_hostile_headers_with_right_checksums(members: list[tuple[bytes, bytes, bytes, bytes, bytes]]) -> None:
@@ -313,6 +346,9 @@ def test_hostile_headers_with_right_checksums(members: list[tuple[bytes, bytes, 
     read_tar(data + bytes(1024))
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_changed_bytes_in_compressed_shards(tmp_path: Path, compress: Any) -> None:
     good = compress(small_shard(tarfile.GNU_FORMAT))
@@ -329,6 +365,9 @@ def test_changed_bytes_in_compressed_shards(tmp_path: Path, compress: Any) -> No
     assert outcomes & {"unreadable_shard", "damaged_shard"}
 
 
+@pytest.mark.fault(
+    "Thousands of broken samples and shards (bytes changed, cut and put in; any json; headers with right checksums)"
+)
 @pytest.mark.parametrize("kind", ["laion", "mmc4"])
 def test_lanes_go_on_over_damaged_shards(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the bytes of the file to the tensors; nothing needs the net that catches what nobody thought of."""

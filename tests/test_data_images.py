@@ -91,6 +91,7 @@ def test_an_image_like_a_line_takes_little_memory() -> None:
     assert ImagePreparer(image_processor())(encoded(Image.fromarray(pixels(1, 20_000)))).shape == (3, 224, 224)
 
 
+@pytest.mark.fault("1×1, 100,000×1, CMYK, 16 bit, animated, palette with transparency")
 def test_every_kind_of_image() -> None:
     rgb = Image.fromarray(pixels(90, 70, "soft"))
     alpha = rgb.copy()

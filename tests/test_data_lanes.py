@@ -134,6 +134,12 @@ def test_shards_of_every_sort(tmp_path: Path) -> None:
     assert keys_and_errors(str(tmp_path / "zipped.tar.gz")) == (whole, [])
 
 
+@pytest.mark.fault(
+    "Data",
+    "A shard cut off anywhere",
+    "the samples before, then `damaged_shard`; also where only the mark of the end is missing",
+    "survives with warnings",
+)
 def test_damaged_shards_are_errors_after_what_can_be_read(tmp_path: Path) -> None:
     write_laion(tmp_path, shards=1, samples=4)
     whole = (tmp_path / "laion-000000.tar").read_bytes()
@@ -263,6 +269,7 @@ def test_a_hundred_failures_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert len(list(islice(lane, 300))) == 300, "failures that are not in a row never stop it"
 
 
+@pytest.mark.fault("Every shard missing, or without a sample")
 def test_a_pass_that_yields_nothing_stops_the_run(tmp_path: Path) -> None:
     write_laion(tmp_path, shards=3, samples=2)
     urls = [str(path) for path in sorted(tmp_path.iterdir())]
@@ -311,6 +318,12 @@ WRONG_TARS = {
 }
 
 
+@pytest.mark.fault(
+    "Data",
+    "Files of a sample apart from each other in the tar; names with two dots",
+    "`not_adjacent`, `unknown_suffix`, with an example and how to make the tar",
+    "dropped",
+)
 @pytest.mark.parametrize("name", WRONG_TARS)
 def test_tars_that_were_made_wrong_are_told_how_to_be_made(name: str, tmp_path: Path) -> None:
     files, message = WRONG_TARS[name]
@@ -337,6 +350,12 @@ def test_files_that_are_apart_leave_the_samples_around_them_alone(tmp_path: Path
     assert counts.errors == {"not_adjacent": 1}
 
 
+@pytest.mark.fault(
+    "Data",
+    "Every shard missing, or without a sample",
+    "`DataError` that names a shard, after one pass or 100 shards",
+    "zero steps, a checkpoint, exit 0; with resampling: spins forever",
+)
 def test_unreadable_shards_alone_stop_the_run(tmp_path: Path) -> None:
     lane, counts = lane_of(["pipe:false", "pipe:exit 2"], accept)
     with pytest.raises(DataError, match="pipe:"):

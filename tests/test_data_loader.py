@@ -281,6 +281,7 @@ def test_the_dataset_can_be_sent_to_a_fresh_process(patterns: dict[str, str]) ->
     assert result.keys == expected.keys
 
 
+@pytest.mark.fault("Data", "The training process is killed", "its workers end by themselves")
 def test_a_training_process_that_is_killed_takes_its_workers_with_it(patterns: dict[str, str]) -> None:
     code = f"""
 import sys, time

@@ -105,6 +105,7 @@ with distributed(detect_launcher(), GroupOptions(args.dist_url)) as world:
 """
 
 
+@pytest.mark.fault("Data", "Ranks whose file systems list different shards", "all train on the list that rank 0 found")
 def test_ranks_train_on_the_list_of_shards_that_rank_0_found(tmp_path: Path) -> None:
     """A listing of NFS may be older on another node; here the second rank would find no shard at all."""
     for rank in range(2):
@@ -129,6 +130,12 @@ def wait_for(condition, process) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.fault(
+    "Deaths",
+    "kill -9 of everything, at any moment, also while a checkpoint is being written",
+    "nothing is lost: the run goes on bit for bit",
+    "epoch repeated; no data position, no random state",
+)
 def test_kill_9_at_any_moment_loses_nothing(flags: list[str], tmp_path: Path) -> None:
     """Killed at random moments, and once while a checkpoint is being written; started again each time with the same
     command. The final checkpoint is that of the run never killed, bit for bit."""

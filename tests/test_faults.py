@@ -88,6 +88,12 @@ def alive(pid: int) -> bool:
 # Numbers
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "A loss that is not finite, of either dataset, on one rank (DDP, FSDP)",
+    "all ranks agree before the backward pass: that dataset's part of the update is left out on all of them, the other's stays; counted, and the samples are written to `{run_name}/bad_batches.jsonl`",
+    "MMC4: hangs. LAION: every trained weight NaN, saved, exit 0",
+)
 @pytest.mark.parametrize("strategy", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_on_all(
     strategy: list[str], flags: list[str], tmp_path: Path
@@ -114,6 +120,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_on_all(
     assert [values["loss_mmc4"] is None for values in logged] == [False, False, True, False]
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "A gradient norm that is not finite (DDP, FSDP)",
+    "the update changes no weight and no moment, on all ranks; counted and recorded",
+)
 @pytest.mark.parametrize("strategy", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_a_gradient_that_is_not_finite_changes_no_weight(strategy: list[str], flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, *strategy, "--save_steps=1", "--train_num_samples_laion=32", "--train_num_samples_mmc4=16"]
@@ -146,6 +157,7 @@ def check_finite_file(path: Path) -> None:
     assert all(torch.as_tensor(tensor).isfinite().all() for tensor in tensors)
 
 
+@pytest.mark.fault("Numbers", "`--max_bad_steps` bad updates in a row", "saves, stops, says so; exit code 1")
 def test_too_many_bad_updates_in_a_row_save_and_stop(flags: list[str], tmp_path: Path) -> None:
     faults = plan(fault("loss", "laion", 0, updates=[2, 4, 5, 6, 7]))
     process = run_ranks(2, FAULTY, faults, *flags, *LONG, "--max_bad_steps=3", f"--run_name={tmp_path}")
@@ -159,6 +171,12 @@ def test_too_many_bad_updates_in_a_row_save_and_stop(flags: list[str], tmp_path:
     assert (tmp_path / LAST).exists()
 
 
+@pytest.mark.fault(
+    "Numbers",
+    "Weights or moments that are not finite",
+    "are never written: checked before each save; the run ends, naming the first",
+    "saved",
+)
 def test_weights_that_are_not_finite_are_never_written() -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -205,6 +223,12 @@ def test_each_signal_is_noted_once(name: str) -> None:
         assert signals.received == name
 
 
+@pytest.mark.fault(
+    "Signals",
+    "SIGTERM, SIGINT or SIGUSR1 to any rank",
+    "the update is finished, all ranks save and end with exit code 75 (under torchrun 1, with 75 in its report); the next start goes on bit for bit",
+    "dies",
+)
 def test_a_signal_to_one_rank_saves_and_the_next_start_goes_on_bit_for_bit(
     disturbed: list[str], whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -221,6 +245,7 @@ def test_a_signal_to_one_rank_saves_and_the_next_start_goes_on_bit_for_bit(
     assert_same(whole, torch.load(run / LAST, weights_only=True))
 
 
+@pytest.mark.fault("Signals", "A second Ctrl-C", "ends at once, without saving; exit code 130")
 def test_one_process_ends_with_the_documented_code_and_a_second_ctrl_c_at_once(
     disturbed: list[str], tmp_path: Path
 ) -> None:
@@ -252,6 +277,12 @@ def test_one_process_ends_with_the_documented_code_and_a_second_ctrl_c_at_once(
 # Deaths
 
 
+@pytest.mark.fault(
+    "Deaths",
+    "SIGKILL of a rank",
+    "the others end and name it, with the update and shard it was at; `torchrun --max-restarts` goes on bit for bit",
+    "epoch repeated",
+)
 def test_a_killed_rank_is_named_and_torchrun_starts_again_by_itself(
     disturbed: list[str], whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -267,6 +298,11 @@ def test_a_killed_rank_is_named_and_torchrun_starts_again_by_itself(
     assert_same({**whole, "flags": None}, {**saved, "flags": None})  # --save_steps differs
 
 
+@pytest.mark.fault(
+    "Deaths",
+    "One rank of several fails with an unexpected error (CUDA out of memory), or its data does",
+    "its error is logged with the rank, and its process ends at once: under NCCL, taking the process group down would wait for ranks that wait for this one",
+)
 def test_an_error_of_one_rank_is_seen_though_the_others_wait_for_it(disturbed: list[str], tmp_path: Path) -> None:
     faults = plan(fault("error", "laion", 1, updates=[3]), collective_end=True)
     process = run_ranks(2, FAULTY, faults, *disturbed, "--dist_timeout=20")
@@ -326,6 +362,11 @@ def test_a_slow_store_is_no_dead_rank() -> None:
     assert not any("died" in (said or "") for said in diagnoses(CountingStore(seconds=0.3), [2, 2, 1]))
 
 
+@pytest.mark.fault(
+    "Weights & Biases",
+    "The run ends with an error, of this rank or another",
+    "W&B and TensorBoard are closed first, within 20 s",
+)
 @pytest.mark.parametrize(("ranks", "failing"), [(1, 0), (2, 1)])
 def test_the_last_lines_before_an_error_are_kept(
     ranks: int, failing: int, disturbed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -345,6 +386,12 @@ def test_the_last_lines_before_an_error_are_kept(
     assert history.read_bytes().count(b"data_wait") >= 3
 
 
+@pytest.mark.fault(
+    "Deaths",
+    "SIGSTOP of a rank (hangs)",
+    "the others name it, with the update and shard it was at, and end, a quarter longer than `--dist_timeout` after they began to wait",
+    "hangs",
+)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
     rank: int, disturbed: list[str], tmp_path: Path
@@ -362,6 +409,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
     wait_for(lambda: not alive(victim))
 
 
+@pytest.mark.fault("A loader worker that hangs (SIGSTOP, a read that never returns)")
 def test_a_hanging_loader_worker_is_named_by_its_own_rank(disturbed: list[str], tmp_path: Path) -> None:
     """The other rank, which waits for this one, has less to say, and lets it speak first."""
     process = run_ranks(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=5", "--num_epochs=50")
@@ -379,6 +427,11 @@ def test_a_hanging_loader_worker_is_named_by_its_own_rank(disturbed: list[str], 
     assert not any(map(alive, workers))
 
 
+@pytest.mark.fault(
+    "Data",
+    "A start that takes longer than an update may (a 7B model, a large checkpoint)",
+    "has a limit of its own, `--startup_timeout`; saving and the end have none, but a log line per minute",
+)
 def test_a_start_and_a_save_may_take_longer_than_an_update(disturbed: list[str]) -> None:
     slow = plan(seconds_building=8, seconds_saving=8)
     finished(run_ranks(2, FAULTY, slow, *disturbed, "--dist_timeout=4", "--num_epochs=1", "--save_steps=6"))
@@ -392,6 +445,7 @@ def test_a_start_and_a_save_may_take_longer_than_an_update(disturbed: list[str])
     ), output
 
 
+@pytest.mark.fault("Deaths", "SIGKILL of torchrun", "its ranks save and end")
 def test_ranks_whose_torchrun_is_killed_save_and_end(
     disturbed: list[str], whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -407,6 +461,7 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(
     assert_same(whole, torch.load(run / LAST, weights_only=True))
 
 
+@pytest.mark.fault("Deaths", "Rank 0 stopped, and no launcher that watches", "the others name it and end", "hangs")
 def test_without_a_launcher_that_watches_the_other_rank_ends_by_itself(disturbed: list[str], tmp_path: Path) -> None:
     """As under srun and mpirun: rank 0, which keeps the meeting point, is stopped, and rank 1 does not hang."""
     with held_port() as port:
@@ -455,6 +510,11 @@ def fill(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.fault(
+    "Disk",
+    "No space while saving, in one file or sharded",
+    "`--save_errors stop` ends the run, `warn` trains on; the checkpoints before stay whole",
+)
 @pytest.mark.parametrize("format", ["file", "sharded"])
 @pytest.mark.parametrize("errors", ["stop", "warn"])
 def test_a_full_disk(errors: str, format: str, flags: list[str], disk: Path) -> None:
@@ -481,6 +541,7 @@ def test_a_full_disk(errors: str, format: str, flags: list[str], disk: Path) -> 
     assert checkpoints.newest_readable(run)[0].stem == "checkpoint_1"  # type: ignore[index]
 
 
+@pytest.mark.fault("Disk", "A folder that becomes read-only", "the run ends, and says why")
 def test_a_disk_that_becomes_read_only(flags: list[str], disk: Path) -> None:
     run = disk / "run"
     flags = [*flags, *LONG, "--save_steps=1", f"--run_name={run}"]
@@ -498,6 +559,7 @@ def test_a_disk_that_becomes_read_only(flags: list[str], disk: Path) -> None:
     assert checkpoints.newest_readable(run) is not None
 
 
+@pytest.mark.fault("Disk", "A run folder that vanishes", "the next save makes it again")
 def test_a_folder_that_vanishes_is_made_again(flags: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = run_ranks(2, FAULTY, plan(seconds=0.1), *flags, *LONG, f"--run_name={run}")
@@ -516,6 +578,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.fault(
+    "Disk",
+    "The newest checkpoint truncated (200 lengths) or a bit flipped (200 places)",
+    "detected by its checksums, and the one before is taken; or harmless",
+    "never starts again",
+)
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_every_damage_to_a_checkpoint_is_detected_or_harmless(damage: str, saved: Path, tmp_path: Path) -> None:
     """The newest of two is damaged: the one before is taken, or what is read is what was written."""
@@ -538,6 +606,9 @@ def test_every_damage_to_a_checkpoint_is_detected_or_harmless(damage: str, saved
     assert detected == cases(200) if damage == "truncated" else detected > 0.75 * cases(200)
 
 
+@pytest.mark.fault(
+    "Disk", "Any file of a sharded checkpoint truncated, changed or missing", "detected, and the one before is taken"
+)
 def test_every_damage_to_a_sharded_checkpoint_is_detected(flags: list[str], tmp_path: Path) -> None:
     main([*flags, "--checkpoint_format=sharded", f"--run_name={tmp_path}"])
     newest = tmp_path / "checkpoint_1"
@@ -562,6 +633,11 @@ def resident(pid: int) -> int:
     return sum(int(kilobytes) for kilobytes in re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE)) * 1024
 
 
+@pytest.mark.fault(
+    "Long runs",
+    "2,000 updates; 20 epochs",
+    "memory of the trainer and its workers is flat; no file, process or thread is left behind",
+)
 def test_memory_is_flat_and_nothing_is_left_behind(flags: list[str], tmp_path: Path) -> None:
     """20 epochs, each with a checkpoint, of 2,000 updates at length and of 400 otherwise."""
     run = tmp_path / "run"

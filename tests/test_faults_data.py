@@ -208,24 +208,61 @@ def check(kind: str, tmp_path: Path, files: list[tuple[str, bytes]], outcome: st
     assert reasons == (set() if outcome == "sample" else {outcome})
 
 
+@pytest.mark.fault(
+    "Data",
+    "Decompression bomb: a PNG or JPEG header of gigapixels",
+    "dropped and counted, `image_too_large`; nothing is decoded, whatever `--max_image_pixels` is",
+)
+@pytest.mark.fault(
+    "Data",
+    "1×1, 100,000×1, CMYK, 16 bit, animated, palette with transparency",
+    'a sample, with the pixels of Pillow\'s `convert("RGB")`; of an animation the first frame',
+    "the same",
+)
+@pytest.mark.fault(
+    "Data",
+    "An image that is EPS (Pillow runs Ghostscript on it), html, or empty",
+    "`corrupt_image`; only the web's formats are opened",
+)
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(name: str, tmp_path: Path) -> None:
     make, outcome = PICTURES[name]
     check("laion", tmp_path, [("bad.jpg", make()), ("bad.txt", b"a caption")], outcome)
 
 
+@pytest.mark.fault(
+    "Data", "Empty caption; caption of a megabyte", "a sample; of a text the first 131,072 characters are looked at"
+)
+@pytest.mark.fault("Data", "Caption that is not UTF-8", "`bad_caption`")
+@pytest.mark.fault("A sample of more than 64 MiB (json of 200 MB, caption of 64 MB, 100 files of one key)")
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_captions(name: str, tmp_path: Path) -> None:
     make, outcome = CAPTIONS[name]
     check("laion", tmp_path, [("bad.jpg", JPEG), ("bad.txt", make())], outcome)
 
 
+@pytest.mark.fault(
+    "Data",
+    "A sample of more than 64 MiB (json of 200 MB, caption of 64 MB, 100 files of one key)",
+    "left out unread, `sample_too_large`",
+)
+@pytest.mark.fault(
+    "Data", "Deep json, json that is not json, a number of a million digits", "`bad_json`; the number is harmless"
+)
+@pytest.mark.fault(
+    "Data",
+    "Similarities that are NaN, infinite, ragged, words, of another shape",
+    "`bad_similarity`; more columns than sentences: `bad_document`",
+)
+@pytest.mark.fault("Data", "base64 with line breaks; base64 that is not base64", "a sample; `bad_base64`")
+@pytest.mark.fault("Data", "Sentences that are not strings, half a surrogate pair", "`bad_document`")
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents(name: str, tmp_path: Path) -> None:
     make, outcome = DOCUMENTS[name]
     check("mmc4", tmp_path, [("bad.json", make())], outcome)
 
 
+@pytest.mark.fault("Data", "EXIF-rotated image", "a sample, not turned", "the same")
 def test_a_rotated_picture_is_not_turned() -> None:
     """As in the reference, whose Pillow does not look at EXIF."""
     prepare = ImagePreparer(image_processor(32))
@@ -328,6 +365,32 @@ SHARDS: dict[str, Callable[[], tuple[bytes, list[str], list[str]]]] = {
 }
 
 
+@pytest.mark.fault("A sample of more than 64 MiB (json of 200 MB, caption of 64 MB, 100 files of one key)")
+@pytest.mark.fault(
+    "Data",
+    "A Mac's `._a.jpg`, `.DS_Store` and `__MACOSX/` in a tar",
+    "passed over",
+    "every file is its own sample: half are lost",
+)
+@pytest.mark.fault("Data", "Duplicate keys in a tar", "the first stays, `duplicate_member`")
+@pytest.mark.fault(
+    "Data",
+    "Members named `../x` or `/etc/x`; links, devices, pipes, folders",
+    "names are only keys, nothing is ever written; links and the like are passed over",
+)
+@pytest.mark.fault(
+    "Data",
+    "Tar headers that lie: sizes of 8 EiB or below zero, names of 1 GiB, sparse files",
+    "`damaged_shard` after the samples before it, in time and memory in proportion to what is read",
+)
+@pytest.mark.fault(
+    "Data",
+    "A shard that is an html error page, or has zero bytes",
+    "`unreadable_shard`, with the first bytes in the message",
+    "corrupt, empty or garbage tar among good ones: survives with warnings",
+)
+@pytest.mark.fault("Data", "gzip'd, bzip2'd, xz'd shards, in pieces too", "read")
+@pytest.mark.fault("Data", "A gzip bomb", "`sample_too_large`; under 160 MiB are held")
 @pytest.mark.parametrize("name", SHARDS)
 def test_shards(name: str, tmp_path: Path) -> None:
     data, keys, reasons = SHARDS[name]()
@@ -364,6 +427,7 @@ def read_all(url: str) -> tuple[list[dict[str, Any]], list[str], int]:
     return found, [*counts.errors, *failed], peak
 
 
+@pytest.mark.fault("Thousands of samples, hundreds of passes")
 def test_the_shuffle_buffer_is_bounded_in_bytes_too() -> None:
     """And in an order that is still a function of the data and the key."""
     given = 0
@@ -383,6 +447,7 @@ def test_the_shuffle_buffer_is_bounded_in_bytes_too() -> None:
     assert keys == [sample["__key__"] for sample in shuffle(large(), 500, ("key",))]
 
 
+@pytest.mark.fault("Data", "A pipe that never ends", "left 64 MiB after the archive's end, `damaged_shard`")
 def test_a_stream_that_never_ends_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_REST", MIB)
     monkeypatch.setattr(tars, "RETRY_DELAYS", ())
@@ -449,6 +514,11 @@ def shard_bytes(tmp_path: Path, samples: int = 12) -> bytes:
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http through curl")
 
 
+@pytest.mark.fault(
+    "Data",
+    "http or a pipe (`s3://`) that fails half-way, at once, at its end, or is killed",
+    "read again after 1 and 4 s, going on where it was: batches and cursors unchanged; then counted once",
+)
 @needs_curl
 @pytest.mark.parametrize("seed", range(4))
 def test_http_that_breaks_is_read_again_from_where_it_was(tmp_path: Path, seed: int, no_wait: None) -> None:
@@ -464,6 +534,7 @@ def test_http_that_breaks_is_read_again_from_where_it_was(tmp_path: Path, seed: 
     assert not counts.errors
 
 
+@pytest.mark.fault("http or a pipe (`s3://`) that fails half-way, at once, at its end, or is killed")
 @needs_curl
 def test_http_that_always_breaks_is_counted_once(tmp_path: Path, no_wait: None) -> None:
     data = shard_bytes(tmp_path)
@@ -477,6 +548,7 @@ def test_http_that_always_breaks_is_counted_once(tmp_path: Path, no_wait: None) 
     assert server.requests == 3
 
 
+@pytest.mark.fault("Data", "http or a pipe that stalls", "after 120 s killed, with all it started, and read again")
 @needs_curl
 def test_http_that_stalls_is_tried_again(tmp_path: Path, no_wait: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "STALL", 1.0)
@@ -510,6 +582,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.fault("http or a pipe (`s3://`) that fails half-way, at once, at its end, or is killed")
 @pytest.mark.parametrize("how", FAILURES)
 def test_a_pipe_that_fails_is_read_again_from_where_it_was(how: str, tmp_path: Path, no_wait: None) -> None:
     shard_bytes(tmp_path)
@@ -552,6 +625,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.fault("http or a pipe that stalls")
 def test_a_pipe_that_stalls_is_killed_and_tried_again(
     tmp_path: Path, no_wait: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,6 +638,7 @@ def test_a_pipe_that_stalls_is_killed_and_tried_again(
     assert not any(running(pid) for pid in calls(url))
 
 
+@pytest.mark.fault("http or a pipe (`s3://`) that fails half-way, at once, at its end, or is killed")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["laion", "mmc4"])
 def test_a_flaky_network_changes_no_batch_and_no_cursor(tmp_path: Path, kind: str, workers: int, no_wait: None) -> None:
@@ -594,6 +669,16 @@ def workers_of(batches: Loader) -> list[int]:
     return [pid for pid in pids if pid is not None]
 
 
+@pytest.mark.fault(
+    "Data",
+    "SIGKILL (out of memory) or SIGSEGV of a loader worker",
+    "`DataError` naming dataset, worker, rank, pid, shard, signal, when its batch is wanted, and never in the middle of a step or a save",
+)
+@pytest.mark.fault(
+    "Data",
+    "A loader worker that hangs (SIGSTOP, a read that never returns)",
+    "named by its own rank after `--dist_timeout`, before the other ranks give up: `DataError` as above",
+)
 @pytest.mark.parametrize("idle", [False, True], ids=["at work", "far ahead"])
 @pytest.mark.parametrize(
     ("number", "what"),
@@ -623,6 +708,7 @@ def test_a_worker_that_dies_or_hangs_is_named(tmp_path: Path, number: signal.Sig
         next(batches)
 
 
+@pytest.mark.fault("A loader worker that hangs (SIGSTOP, a read that never returns)")
 def test_a_worker_whose_read_never_returns_is_named(tmp_path: Path) -> None:
     """Also where another worker is far ahead."""
     write_laion(tmp_path, shards=2, samples=6)
@@ -654,6 +740,7 @@ with loader("laion", {pattern!r}, workers=2, batch_size=80, lanes=2) as batches:
     assert done.stdout == "80 samples\n", done
 
 
+@pytest.mark.fault("SIGKILL (out of memory) or SIGSEGV of a loader worker")
 def test_a_death_is_told_when_a_batch_is_wanted_and_not_before(tmp_path: Path) -> None:
     """Not wherever the training is: in the middle of a save, say."""
     pattern = write_laion(tmp_path, shards=2, samples=6)
@@ -692,6 +779,11 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.fault(
+    "Data",
+    "Thousands of samples, hundreds of passes",
+    "memory of process and worker is flat; a lane's shuffle buffer holds at most 256 MiB",
+)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["laion", "mmc4"])

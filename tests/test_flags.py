@@ -166,6 +166,22 @@ def test_the_table_has_every_flag_that_takes_a_value() -> None:
     assert set(WRONG) == flags_with_values()
 
 
+@pytest.mark.fault(
+    "Flags",
+    "A wrong value of any flag that takes one (not a number, negative, 0, nan, inf, empty, misspelt, no such file)",
+    "one line on stderr with the flag, the value and what to type; exit code 2, before torch is imported",
+)
+@pytest.mark.fault("Flags", "An empty shard string", "as above", "IndexError")
+@pytest.mark.fault(
+    "Flags",
+    "No such OpenCLIP name, config, file of weights; no such model or tokenizer folder, or one without config, weights or vocabulary",
+    "as above (names are looked up in OpenCLIP's folder without importing it)",
+)
+@pytest.mark.fault(
+    "Flags",
+    "A run folder that is a file, lies in one, has too long a name, or cannot be written to",
+    "one line, exit code 2",
+)
 @pytest.mark.parametrize("flag", WRONG)
 def test_wrong_values(flag: str, refusal, folder: Path) -> None:
     for wrong, says in WRONG[flag].items():
@@ -178,6 +194,9 @@ def test_wrong_values(flag: str, refusal, folder: Path) -> None:
         assert says in line, line
 
 
+@pytest.mark.fault(
+    "An unknown, misspelt or ambiguous flag, a flag without its value, a value for a flag that takes none, shard patterns that the shell has expanded"
+)
 def test_flags_that_take_no_value(refusal) -> None:
     for action in build_parser()._actions:
         flag = action.option_strings[-1]
@@ -185,12 +204,20 @@ def test_flags_that_take_no_value(refusal) -> None:
             assert f"{flag}: takes no value, got 'False'" in refusal(f"{flag}=False")
 
 
+@pytest.mark.fault(
+    "An unknown, misspelt or ambiguous flag, a flag without its value, a value for a flag that takes none, shard patterns that the shell has expanded"
+)
 def test_flags_that_lack_their_value(refusal) -> None:
     for flag in flags_with_values():
         assert f"{flag}: needs a value" in refusal(flag)
     assert "--learning_rate=-value" in refusal("--learning_rate", "-1e-4")
 
 
+@pytest.mark.fault(
+    "Flags",
+    "An unknown, misspelt or ambiguous flag, a flag without its value, a value for a flag that takes none, shard patterns that the shell has expanded",
+    "as above, with the nearest flag",
+)
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -208,6 +235,11 @@ def test_what_is_no_flag(flags: list[str], says: str, refusal) -> None:
     assert re.search(says, refusal(*flags))
 
 
+@pytest.mark.fault(
+    "Flags",
+    "Flags that do not go together (all loss weights 0, unequal epochs, minimum of images above the maximum, ...)",
+    "as above",
+)
 def test_values_that_do_not_go_together(refusal, shards: dict[str, str]) -> None:
     assert "--loss_multiplier_laion and --loss_multiplier_mmc4 0" in refusal(
         "--loss_multiplier_laion=0", "--loss_multiplier_mmc4=0"
@@ -221,6 +253,7 @@ def test_values_that_do_not_go_together(refusal, shards: dict[str, str]) -> None
     )
 
 
+@pytest.mark.fault("A run folder that is a file, lies in one, has too long a name, or cannot be written to")
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_folders_and_files_without_permission(refusal, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
@@ -240,6 +273,11 @@ def test_a_language_model_without_a_tokenizer_asks_for_one(refusal, tmp_path: Pa
     assert str(model) in line
 
 
+@pytest.mark.fault(
+    "Flags",
+    "What only the libraries know: no such weight tag, weights that do not fit, a hub name that cannot be had, `--cross_attn_every_n_layers` beyond the layers",
+    "one line with the flag, exit code 1 (the ranks have met by then)",
+)
 @pytest.mark.parametrize(
     ("flag", "value", "says"),
     [
@@ -302,6 +340,9 @@ def test_what_is_right_is_not_refused(shards: dict[str, str], tmp_path: Path, mo
     assert (args.batch_size_laion, args.batch_size_mmc4, args.wandb_entity) == (64, 64, None)
 
 
+@pytest.mark.fault(
+    "A wrong value of any flag that takes one (not a number, negative, 0, nan, inf, empty, misspelt, no such file)"
+)
 def test_nothing_heavy_is_imported_before_the_flags_are_refused(shards: dict[str, str], tmp_path: Path) -> None:
     """One of each kind, in one new process: the names of OpenCLIP's models too are found without it."""
     flags = [f"{flag}={next(iter(values))}" for flag, values in WRONG.items()]

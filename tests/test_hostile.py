@@ -70,6 +70,11 @@ def save_hostile(path: Path, mark: Path, contents: dict | None = None, zipped: b
 # Checkpoints
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "A malicious pickle as `--resume_from_checkpoint`, zip or older format",
+    "refused with the file's name, nothing runs",
+)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 def test_a_checkpoint_to_start_from(
     zipped: bool, flags: list[str], mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -82,6 +87,11 @@ def test_a_checkpoint_to_start_from(
     assert not mark.exists()
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "A malicious pickle as newest checkpoint of the run, file or sharded",
+    "skipped for the one before, nothing runs; none left: refused",
+)
 def test_the_newest_checkpoint_of_a_run(
     flags: list[str], mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +108,11 @@ def test_the_newest_checkpoint_of_a_run(
     assert not mark.exists()
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "A sharded checkpoint whose `state.pt`, `.metadata` or an entry is a malicious pickle, or whose entries lie outside its folder (torch's own reader runs the last three but the path)",
+    "refused, naming the folder; nothing runs",
+)
 def test_the_parts_of_a_sharded_checkpoint(mark: Path, tmp_path: Path) -> None:
     tensors = {"model/latents": torch.arange(6.0)}
 
@@ -150,6 +165,11 @@ def value_of(flag: str, flags: list[str]) -> str:
     return next(given.partition("=")[2] for given in flags if given.startswith(f"{flag}="))
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "A malicious pickle as vision weights (file, or in a `local-dir:` folder) or as the language model's `pytorch_model.bin`",
+    "refused with the flag, nothing runs",
+)
 @pytest.mark.parametrize("name", ["zip.pt", "old.pt", "pickle.bin"])
 def test_weights_of_a_vision_encoder(name: str, backbones: list[str], mark: Path, tmp_path: Path) -> None:
     config = value_of("--vision_encoder_path", backbones)
@@ -162,6 +182,9 @@ def test_weights_of_a_vision_encoder(name: str, backbones: list[str], mark: Path
     assert not mark.exists()
 
 
+@pytest.mark.fault(
+    "A malicious pickle as vision weights (file, or in a `local-dir:` folder) or as the language model's `pytorch_model.bin`"
+)
 def test_weights_in_a_folder_of_a_vision_encoder(backbones: list[str], mark: Path, tmp_path: Path) -> None:
     config = json.loads(Path(value_of("--vision_encoder_path", backbones)).read_text())
     save_hostile(tmp_path / "tower" / "open_clip_pytorch_model.bin", mark)
@@ -171,12 +194,18 @@ def test_weights_in_a_folder_of_a_vision_encoder(backbones: list[str], mark: Pat
     assert not mark.exists()
 
 
+@pytest.mark.fault(
+    "Hostile files and names", "A TorchScript program as vision weights", "refused, with how to make weights of it"
+)
 def test_torchscript_is_code(backbones: list[str], tmp_path: Path) -> None:
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pt")
     with pytest.raises(ValueError, match="TorchScript program"):
         load_vision_encoder(value_of("--vision_encoder_path", backbones), str(tmp_path / "program.pt"))
 
 
+@pytest.mark.fault(
+    "A malicious pickle as vision weights (file, or in a `local-dir:` folder) or as the language model's `pytorch_model.bin`"
+)
 def test_weights_of_a_language_model(backbones: list[str], mark: Path, tmp_path: Path) -> None:
     model = load_language_model(value_of("--lm_path", backbones), vocabulary=1)
     model.config.save_pretrained(tmp_path / "lm")
@@ -230,6 +259,11 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "A language model or tokenizer that brings Python code (`auto_map`, `custom_generate`)",
+    "refused in one line that says `--trust_remote_code`, never a question on the terminal; where transformers knows the model itself, its own code is used",
+)
 def test_code_of_a_language_model_runs_only_with_the_flag(
     own_code: Path, flags: list[str], mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +283,7 @@ def test_code_of_a_language_model_runs_only_with_the_flag(
     assert mark.exists()
 
 
+@pytest.mark.fault("A language model or tokenizer that brings Python code (`auto_map`, `custom_generate`)")
 def test_code_of_a_tokenizer_runs_only_with_the_flag(own_code: Path, mark: Path) -> None:
     auto_map = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
     edit(own_code / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=auto_map)
@@ -259,6 +294,7 @@ def test_code_of_a_tokenizer_runs_only_with_the_flag(own_code: Path, mark: Path)
     assert mark.exists()
 
 
+@pytest.mark.fault("A language model or tokenizer that brings Python code (`auto_map`, `custom_generate`)")
 def test_code_for_what_transformers_knows_itself_is_left_alone(own_code: Path, mark: Path) -> None:
     """As in the MPT folders of released OpenFlamingo models, and of a way to generate."""
     edit(own_code / "config.json", model_type="opt", architectures=["OPTForCausalLM"])
@@ -271,6 +307,11 @@ def test_code_for_what_transformers_knows_itself_is_left_alone(own_code: Path, m
     assert mark.exists()
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "An OpenCLIP config whose text tower brings Python code",
+    "refused, with or without the flag, without the 15 s question that transformers would ask",
+)
 def test_code_of_an_openclip_text_tower_never_runs(
     own_code: Path, backbones: list[str], mark: Path, tmp_path: Path
 ) -> None:
@@ -308,6 +349,11 @@ def recorder(path: Path, record: Path, then: str = "") -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "Shard names that are commands (`s3://bucket/$(touch x).tar`, quotes, back-ticks, line breaks), over S3 and http",
+    "one argument of `aws` or `curl`, as typed",
+)
 @pytest.mark.parametrize("name", [*NAMES, "line\nbreak; touch mark"])
 def test_shard_names_reach_no_shell(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -326,6 +372,11 @@ def test_shard_names_reach_no_shell(name: str, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.fault(
+    "Hostile files and names",
+    "Run names and flags that are commands, in train.py and in the SLURM script",
+    "a folder of that name; arguments handed on as they are",
+)
 def test_run_names_reach_no_shell(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = " ".join(NAMES) + "\nline"
@@ -334,6 +385,7 @@ def test_run_names_reach_no_shell(flags: list[str], tmp_path: Path, monkeypatch:
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.fault("Run names and flags that are commands, in train.py and in the SLURM script")
 def test_the_slurm_script_hands_on_every_argument_as_it_is(tmp_path: Path) -> None:
     recorder(tmp_path / "bin" / "srun", tmp_path / "record")
     arguments = [word for name in NAMES for word in ("--run_name", name)]

@@ -339,6 +339,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
 
 
+@pytest.mark.fault(
+    "Signals",
+    "SLURM's `--signal=B:USR1@…` to `scripts/train.sbatch`",
+    "the ranks save, the script puts the job back into the queue, which goes on bit for bit",
+    "dies",
+)
 def test_slurm_runs_and_requeues_the_script_of_the_repository(
     slurm: Slurm, recipe: list[str], gated: Gated, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -23,6 +23,12 @@ def elsewhere(path: Path, beat: int = 0) -> None:
     )
 
 
+@pytest.mark.fault(
+    "Two runs",
+    "A run is started in the folder of a living one",
+    "refused, naming host, process and since when; `run.lock` of a dead run on this machine does not stop the next, one of another machine for 20 s",
+    "writes over it",
+)
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused(flags: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [ROOT / "train" / "train.py", *flags, f"--run_name={run}"]
@@ -44,6 +50,7 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_refused(flags: list[str],
     assert not (run / LOCK).exists()
 
 
+@pytest.mark.fault("A run is started in the folder of a living one")
 def test_a_lock_of_another_host_holds_as_long_as_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 1.0)
     elsewhere(tmp_path / LOCK)
@@ -59,6 +66,7 @@ def test_a_lock_of_another_host_holds_as_long_as_it_changes(tmp_path: Path, monk
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "node7"  # as it was
 
 
+@pytest.mark.fault("A run is started in the folder of a living one")
 def test_a_lock_is_refreshed_and_left_alone_once_it_is_another_run_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +79,7 @@ def test_a_lock_is_refreshed_and_left_alone_once_it_is_another_run_s(
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "node7"
 
 
+@pytest.mark.fault("A run is started in the folder of a living one")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
 def test_a_broken_lock_is_a_dead_run_s(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.2)

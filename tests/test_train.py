@@ -158,6 +158,7 @@ def test_a_checkpoint_is_written_while_the_training_goes_on(
             assert_same(ours[part], theirs[part])
 
 
+@pytest.mark.fault("Disk", "The run fails while a checkpoint is being written", "it is written to its end first")
 def test_a_checkpoint_that_is_being_written_when_the_run_fails_is_finished(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,9 @@ def test_a_checkpoint_that_is_being_written_when_the_run_fails_is_finished(
     assert load(tmp_path / "epoch_0_step_2.pt")["step"] == 2
 
 
+@pytest.mark.fault(
+    "Disk", "A checkpoint fails while training has gone on", "the run ends with the next update, not at the next save"
+)
 def test_a_run_that_cannot_save_ends_before_the_next_save(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +276,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
         assert load(tmp_path / "checkpoint_1.pt")["step"] == 8
 
 
+@pytest.mark.fault(
+    "Data",
+    "A shard that appears or goes between two starts of a run",
+    "refused, with the number of shards then and now",
+)
 def test_a_shard_that_appears_between_two_runs_is_refused_as_it_changes_the_order(
     flags: list[str], shards: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -432,6 +441,11 @@ def test_shards_that_yield_nothing_stop_the_run_with_their_name(
     assert "garbage.tar" in said(caplog)
 
 
+@pytest.mark.fault(
+    "Data",
+    "The training process fails with an unexpected error (CUDA out of memory)",
+    "it ends at once, and its workers with it: what a launcher restarts, it restarts at once",
+)
 def test_a_run_that_fails_does_not_wait_for_its_workers(flags: list[str], tmp_path: Path) -> None:
     """Python waits for them after an error that nobody caught, and they outlive its SIGTERM by two minutes."""
     program = tmp_path / "program.py"
@@ -462,6 +476,7 @@ def program(flags: list[str], run: Path, **options: Any) -> Fork:
     return Fork(ROOT / "train" / "train.py", *flags, f"--run_name={run}", environment=environment, **options)
 
 
+@pytest.mark.fault("Disk", "The log's disk is full", "training goes on; lines that cannot be written are lost")
 def test_a_log_that_cannot_be_written_stops_nothing(flags: list[str], tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:  # whatever is written, its disk is full
         assert program(flags, tmp_path / "run", stdout=full, stderr=full).wait() == 0
@@ -480,6 +495,7 @@ def online(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return [*(flag for flag in flags if flag != "--offline"), "--report_to_wandb"]
 
 
+@pytest.mark.fault("Weights & Biases", "No key", "refused before a model is built")
 def test_wandb_without_a_key_is_refused_before_a_model_is_built(online: list[str], tmp_path: Path) -> None:
     given = next(flag for flag in online if flag.startswith("--lm_path=")).partition("=")[2]
     broken = shutil.copytree(given, tmp_path / "broken")
@@ -491,6 +507,11 @@ def test_wandb_without_a_key_is_refused_before_a_model_is_built(online: list[str
     assert "Traceback" not in output
 
 
+@pytest.mark.fault(
+    "Weights & Biases",
+    "W&B cannot be reached at the start, which may be a scheduler's",
+    "a warning; the run is kept on disk, for `wandb sync`",
+)
 def test_wandb_that_cannot_be_reached_is_told_later(
     online: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +534,7 @@ def child(parent: int, name: str) -> int | None:
     return None
 
 
+@pytest.mark.fault("Weights & Biases", "Its process is killed", "warnings; training goes on")
 def test_a_wandb_that_dies_does_not_take_the_training_with_it(flags: list[str], tmp_path: Path) -> None:
     process = program([*flags, "--report_to_wandb", "--num_epochs=10"], tmp_path / "run")
     while (service := child(process.pid, "wandb-core")) is None:
