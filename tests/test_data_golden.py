@@ -195,7 +195,7 @@ def test_nothing_is_decoded_for_a_document_that_is_rejected() -> None:
     prepare = mmc4()
     decoded = []
     prepare.prepare_image = lambda *args, **kwargs: decoded.append(args)  # type: ignore[assignment]
-    prepare.prepare_image.too_large = lambda data: False  # type: ignore[method-assign]
+    prepare.prepare_image.exceeds_max_pixels = lambda data: False  # type: ignore[method-assign]
     for index in (7, 12, 13, 15, 33):
         with pytest.raises(Drop):
             prepare(MMC4_RAW[f"{index:06d}"], Fixed(value=0.4), NO_COUNTS)
