@@ -42,7 +42,6 @@ MODULES = (
     "open_flamingo.train.loop",
     "open_flamingo.train.data.loader",
 )
-SECONDS_TO_END = 5  # that the other ranks get after one has failed; torchrun's 30 let the tests wait for nothing
 
 
 def serve(requests: socket.socket) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def start(request: dict[str, Any], descriptors: list[int], told: socket.socket) 
     os.close(reading)
     tell(told, pids)
     told.close()
-    os._exit(watch(pids, writing))
+    os._exit(watch(pids, writing, request["patience"]))
 
 
 def place(rank: int, ranks: int, port: str) -> dict[str, str]:
@@ -130,7 +129,7 @@ def place(rank: int, ranks: int, port: str) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items()}
 
 
-def watch(pids: list[int], port: int) -> int:
+def watch(pids: list[int], port: int, patience: float) -> int:
     """Where the ranks meet, and torchrun's part when one fails: the others are ended, and the exit code is 1."""
     from torch.distributed import TCPStore
 
@@ -150,7 +149,7 @@ def watch(pids: list[int], port: int) -> int:
             code = os.waitstatus_to_exitcode(status)
             if code != 0 and deadline is None:
                 print(f"rank {rank} (pid {pid}): exitcode : {code}", file=sys.stderr, flush=True)
-                deadline = time.monotonic() + SECONDS_TO_END
+                deadline = time.monotonic() + patience
                 for other in living.values():
                     os.kill(other, signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:

@@ -50,6 +50,7 @@ class Fork:
     Args:
         command: as after `python`: a file, or `-c` and code; then arguments.
         ranks: how many processes of it, which know each other as under torchrun; None for one that knows of no others.
+        patience: seconds that the other ranks get to end when one has failed, before they are killed; torchrun's by default.
         environment, cwd: this process's by default.
         stdin, stdout, stderr: files. By default nothing, a pipe, and as stdout.
 
@@ -61,6 +62,7 @@ class Fork:
         self,
         *command: str | Path,
         ranks: int | None = None,
+        patience: float = 30,
         environment: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
         stdin: IO[Any] | None = None,
@@ -89,6 +91,7 @@ class Fork:
         request = {
             "command": self.args,
             "ranks": ranks,
+            "patience": patience,
             "environment": dict(os.environ if environment is None else environment),
             "cwd": str(Path.cwd() if cwd is None else cwd),
         }
@@ -137,9 +140,9 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def run_ranks(ranks: int, program: str | Path, *arguments: str) -> Fork:
+def run_ranks(ranks: int, program: str | Path, *arguments: str, patience: float = 30) -> Fork:
     """Starts `program` on so many ranks, as `torchrun` of tests.tiny does, in a fraction of its time."""
-    return Fork(program, *arguments, ranks=ranks)
+    return Fork(program, *arguments, ranks=ranks, patience=patience)
 
 
 @contextmanager

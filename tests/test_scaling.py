@@ -69,6 +69,7 @@ def test_tables_are_replaced_between_their_marks() -> None:
 # Against closed forms
 
 
+@only_at_length
 def test_parameters_and_flops_of_the_3b_model() -> None:
     recipe = next(recipe for recipe in scaling.RECIPES if recipe.name == "3B")
     counted = scaling.count(recipe, True)
