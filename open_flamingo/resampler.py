@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class FeedForward(nn.Sequential):
@@ -22,6 +23,35 @@ class FeedForward(nn.Sequential):
             nn.GELU(),
             nn.Linear(dim * mult, dim, bias=False),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., D]."""
+        if torch.compiler.is_compiling():  # the compiler decides what it keeps
+            return super().forward(x)
+        norm, widen, _, narrow = self
+        hidden = widen(norm(x))
+        return _GeluLinear.apply(hidden, narrow.weight.to(hidden.dtype))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """`linear(gelu(hidden), weight)` that keeps `hidden` alone for the backward pass, and makes gelu's result there again.
+
+    It is the widest tensor of the block: autograd would keep both.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return F.linear(F.gelu(hidden), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        of_weight = F.linear(flat.t(), F.gelu(hidden).flatten(0, -2).t())
+        of_hidden = torch.ops.aten.gelu_backward(F.linear(gradient, weight.t()), hidden)
+        return of_hidden, of_weight
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

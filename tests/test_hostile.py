@@ -175,7 +175,7 @@ def test_weights_of_a_vision_encoder(name: str, backbones: list[str], mark: Path
     config = value_of("--vision_encoder_path", backbones)
     weights = torch.load(value_of("--vision_encoder_pretrained", backbones), weights_only=True)
     file = save_hostile(tmp_path / name, mark, weights, zipped=name == "zip.pt")
-    with pytest.raises(ValueError, match="--vision_encoder_pretrained") as refused:
+    with pytest.raises(ValueError, match="clip_vision_encoder_pretrained") as refused:
         load_vision_encoder(config, str(file))
     assert str(file) in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
@@ -189,7 +189,7 @@ def test_weights_in_a_folder_of_a_vision_encoder(backbones: list[str], mark: Pat
     config = json.loads(Path(value_of("--vision_encoder_path", backbones)).read_text())
     save_hostile(tmp_path / "tower" / "open_clip_pytorch_model.bin", mark)
     (tmp_path / "tower" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    with pytest.raises(ValueError, match="--vision_encoder_path"):
+    with pytest.raises(ValueError, match="clip_vision_encoder_path"):
         load_vision_encoder(f"local-dir:{tmp_path / 'tower'}")
     assert not mark.exists()
 
@@ -210,7 +210,7 @@ def test_weights_of_a_language_model(backbones: list[str], mark: Path, tmp_path:
     model = load_language_model(value_of("--lm_path", backbones), vocabulary=1)
     model.config.save_pretrained(tmp_path / "lm")
     save_hostile(tmp_path / "lm" / "pytorch_model.bin", mark, dict(model.state_dict()))
-    with pytest.raises(ValueError, match="--lm_path") as refused:
+    with pytest.raises(ValueError, match="lang_encoder_path") as refused:
         load_language_model(str(tmp_path / "lm"), vocabulary=1)
     assert len(str(refused.value).splitlines()) == 1
     assert not mark.exists()
@@ -320,7 +320,7 @@ def test_code_of_an_openclip_text_tower_never_runs(
     config["text_cfg"] = {"hf_model_name": str(own_code), "hf_tokenizer_name": str(own_code)}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"--vision_encoder_path.*custom code"):
+    with pytest.raises(ValueError, match=r"clip_vision_encoder_path.*custom code"):
         load_vision_encoder(f"local-dir:{tmp_path}")
     load_vision_encoder(str(tmp_path / "open_clip_config.json"))  # without weights, no text tower is made
     assert not mark.exists()

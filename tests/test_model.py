@@ -452,7 +452,7 @@ def test_a_model_without_a_head_trains_its_rows_as_input_and_output() -> None:
     whole.lang_encoder.wte.new_rows.requires_grad_(False)
     for hooks in (whole.lang_encoder._forward_pre_hooks, whole.lang_encoder._forward_hooks):
         for key, hook in list(hooks.items()):
-            if "MergedMatrix" in repr(hook):
+            if "EmbeddingPatch" in repr(hook):
                 del hooks[key]
     logits = whole(images(3, 2), token_ids, mask).logits
     F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
