@@ -30,7 +30,7 @@ from open_flamingo.train.distributed import World
 from open_flamingo.train.health import EXIT_STOPPED, Signals, check_finite
 from open_flamingo.train.train import main
 from open_flamingo.train.watchdog import Watchdog
-from tests.conftest import AT_LENGTH, cases
+from tests.conftest import AT_LENGTH, cases, only_at_length
 from tests.ranks import Fork, held_port, run_ranks
 from tests.tiny import ROOT, assert_same, finished, torchrun
 
@@ -96,7 +96,7 @@ def alive(pid: int) -> bool:
     "all ranks agree before the backward pass: that dataset's part of the update is left out on all of them, the other's stays; counted, and the samples are written to `{run_name}/bad_batches.jsonl`",
     "MMC4: hangs. LAION: every trained weight NaN, saved, exit 0",
 )
-@pytest.mark.parametrize("strategy", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [[], pytest.param(["--fsdp"], marks=only_at_length)], ids=["ddp", "fsdp"])
 def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_on_all(
     strategy: list[str], flags: list[str], tmp_path: Path
 ) -> None:
@@ -375,7 +375,7 @@ def test_a_slow_store_is_no_dead_rank() -> None:
     "The run ends with an error, of this rank or another",
     "W&B and TensorBoard are closed first, within 20 s",
 )
-@pytest.mark.parametrize(("ranks", "failing"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("ranks", "failing"), [pytest.param(1, 0, marks=only_at_length), (2, 1)])
 def test_the_last_lines_before_an_error_are_kept(
     ranks: int, failing: int, disturbed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,7 +400,7 @@ def test_the_last_lines_before_an_error_are_kept(
     "the others name it, with the update and shard it was at, and end, a quarter longer than `--dist_timeout` after they began to wait",
     "hangs",
 )
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=only_at_length), 1])
 def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
     rank: int, disturbed: list[str], tmp_path: Path
 ) -> None:
@@ -420,7 +420,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named_with_its_update_and_shard(
 @pytest.mark.fault("A loader worker that hangs (SIGSTOP, a read that never returns)")
 def test_a_hanging_loader_worker_is_named_by_its_own_rank(disturbed: list[str], tmp_path: Path) -> None:
     """The other rank, which waits for this one, has less to say, and lets it speak first."""
-    process = run_ranks(2, FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=5", "--num_epochs=50")
+    process = run_ranks(2, FAULTY, plan(), *disturbed, "--dist_timeout=5", "--num_epochs=50", patience=3)
     wait_for(lambda: updates_done(tmp_path / "run") >= 3, process)
     rank = ranks_of(process)[1]
     workers = sorted(int(pid) for pid in Path(f"/proc/{rank}/task/{rank}/children").read_text().split())
@@ -523,8 +523,15 @@ def fill(folder: Path) -> Path:
     "No space while saving, in one file or sharded",
     "`--save_errors stop` ends the run, `warn` trains on; the checkpoints before stay whole",
 )
-@pytest.mark.parametrize("format", ["file", "sharded"])
-@pytest.mark.parametrize("errors", ["stop", "warn"])
+@pytest.mark.parametrize(
+    ("errors", "format"),
+    [
+        ("stop", "file"),
+        ("warn", "sharded"),
+        pytest.param("warn", "file", marks=only_at_length),
+        pytest.param("stop", "sharded", marks=only_at_length),
+    ],
+)
 def test_a_full_disk(errors: str, format: str, flags: list[str], disk: Path) -> None:
     run = disk / "run"
     flags = [*flags, *LONG, "--save_steps=1", f"--checkpoint_format={format}", f"--save_errors={errors}"]
