@@ -39,7 +39,7 @@ test-oldest: .venv-oldest/bin/python
 
 faults: .venv/test
 	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python tests/reliability.py
-	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_precision.py tests/test_sharding.py \
+	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_launch.py tests/test_precision.py tests/test_sharding.py \
 		tests/test_benchmarks.py tests/test_scaling.py
 
 bench: .venv/benchmark

@@ -653,6 +653,7 @@ def resident(pid: int) -> int:
     "2,000 updates; 20 epochs",
     "memory of the trainer and its workers is flat; no file, process or thread is left behind",
 )
+@only_at_length
 def test_memory_is_flat_and_nothing_is_left_behind(flags: list[str], tmp_path: Path) -> None:
     """20 epochs, each with a checkpoint, of 2,000 updates at length and of 400 otherwise."""
     run = tmp_path / "run"

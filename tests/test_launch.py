@@ -17,6 +17,7 @@ import torch
 
 from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.distributed import World, detect_launcher, distributed, first_host, init_method
+from tests.conftest import only_at_length
 from tests.launch import slurm as slurm_cluster
 from tests.launch.slurm import Slurm, free_port
 from tests.ranks import Fork, held_port
@@ -387,6 +388,7 @@ def test_slurm_runs_and_requeues_the_script_of_the_repository(
     assert_same(undisturbed, load(run))
 
 
+@only_at_length
 def test_every_way_to_start_in_a_slurm_job(slurm: Slurm, mpirun: list[str], tmp_path: Path) -> None:
     """srun with the variables that the reference's script exports, srun without, and what must not be mistaken for it."""
     python = f"{sys.executable} {WHERE}"
