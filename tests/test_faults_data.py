@@ -447,6 +447,14 @@ def test_the_shuffle_buffer_is_bounded_in_bytes_too() -> None:
     assert keys == [sample["__key__"] for sample in shuffle(large(), 500, ("key",))]
 
 
+def test_a_compressed_pipe_may_begin_with_a_single_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(tar_of(*pair("a"))))
+    command = f"head -c 1 {tmp_path}/a.tar; sleep 0.3; tail -c +2 {tmp_path}/a.tar"
+    found, errors, _ = read_all(f"pipe:{command}")
+    assert [sample["__key__"] for sample in found] == ["a"]
+    assert errors == []
+
+
 @pytest.mark.fault("Data", "A pipe that never ends", "left 64 MiB after the archive's end, `damaged_shard`")
 def test_a_stream_that_never_ends_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_REST", MIB)

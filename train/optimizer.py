@@ -42,8 +42,7 @@ def clipping(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, sc
     fused.grad_scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1.0)  # what it divides gradients by
     fused.found_inf = (~norm.isfinite()).float()  # 1: do nothing
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         del fused.grad_scale, fused.found_inf
 

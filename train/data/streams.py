@@ -19,6 +19,7 @@ STALL = 120.0
 # What may follow a tar's end in a pipe. Some write archives end to end; one that never ends must not be read forever.
 MAX_REST = 64 << 20
 CHUNK = 1 << 16
+MAGIC = 6  # bytes at the beginning that tell how it is compressed; a pipe may give them one by one
 
 
 class ShardStream(io.RawIOBase):
@@ -29,6 +30,7 @@ class ShardStream(io.RawIOBase):
 
     _process: subprocess.Popen[bytes] | None = None
     _stream: Any = None
+    _begun = False
 
     def __init__(self, url: str) -> None:
         # Unbuffered: a buffer would hide from `wait` that there is something to read.
@@ -50,6 +52,13 @@ class ShardStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        length = self._read(buffer)
+        while not self._begun and 0 < length < MAGIC and (more := self._read(memoryview(buffer)[length:])):
+            length += more
+        self._begun = True
+        return length
+
+    def _read(self, buffer: Any) -> int:
         self._wait()
         return self._file.readinto(buffer)  # type: ignore[attr-defined]
 
@@ -102,7 +111,7 @@ class ShardStream(io.RawIOBase):
 def decompressed(stream: ShardStream) -> IO[bytes]:
     """`stream`, buffered, and decompressed if it begins as gzip, bzip2 or xz do."""
     buffered = io.BufferedReader(stream, CHUNK)
-    begin = buffered.peek(6)
+    begin = buffered.peek(MAGIC)
     file: Any = buffered
     if begin.startswith(b"\x1f\x8b"):
         file = gzip.GzipFile(fileobj=buffered)
