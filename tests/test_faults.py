@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -364,6 +367,31 @@ def test_one_rank_alone_compares_the_others() -> None:
     beats = store.requests["set"]
     assert store.requests["get"] <= beats + 2 * 4 + 4  # with each beat rank 0's; all ranks' twice; the verdict by each
     assert diagnoses(CountingStore(), [1, 1]) == [None] * 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rank_says_where_it_was_when_its_time_was_up() -> None:
+    """And not where it is once the others, which end first, have made its collective fail."""
+    watchdog = Watchdog(World("test", 0, 2, 0, 2, torch.device("cpu"), cast(dist.Store, CountingStore())), 60.0, 0.3)
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger(Watchdog.__module__)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    over = threading.Event()
+
+    def diagnose() -> None:
+        watchdog.set_phase("ending after an error", limited=False)
+
+    def before_exit() -> None:
+        over.set()
+        sys.exit()  # its thread, before it ends the process
+
+    watchdog.diagnose, watchdog.before_exit = diagnose, before_exit  # type: ignore[method-assign]
+    with watchdog:
+        watchdog.set_phase("building the model")
+        assert over.wait(30)
+    logger.removeHandler(handler)
+    assert any("rank 0 has been at building the model for" in record.getMessage() for record in records)
 
 
 def test_a_slow_store_is_no_dead_rank() -> None:

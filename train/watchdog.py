@@ -88,10 +88,9 @@ class Watchdog:
             minutes = int(elapsed / 60)
             if limit is not None and elapsed > limit and self._world.world_size > 1:
                 flag = "--startup_timeout" if limit != self._timeout else "--dist_timeout"
+                phase = self._phase  # before the diagnosis: while it takes its time, the training may end with an error
                 verdict = self.diagnose() or "No rank is known to be behind."
-                log.error(
-                    "rank %d has been at %s for %.0f s (%s). %s", self._world.rank, self._phase, elapsed, flag, verdict
-                )
+                log.error("rank %d has been at %s for %.0f s (%s). %s", self._world.rank, phase, elapsed, flag, verdict)
                 self.before_exit()
                 os._exit(1)
 
