@@ -1,4 +1,4 @@
-# make demo    train a small vision-language model and watch it describe pictures (needs Python >= 3.11 and make)
+# make demo    train a small vision-language model and watch it describe images (needs Python >= 3.11 and make)
 # make test    the whole test suite
 # make test-gpu
 #              what only a GPU can show, where there is one

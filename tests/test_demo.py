@@ -16,12 +16,12 @@ from open_flamingo.scripts.demo.world import HELD_OUT, SCENES, TRAINING, Scene, 
 from tests.tiny import ROOT
 
 
-def test_held_out_combinations_are_in_no_training_picture_or_text() -> None:
+def test_held_out_combinations_are_in_no_training_image_or_text() -> None:
     assert set(HELD_OUT) | set(TRAINING) == set(SCENES)
     assert not set(HELD_OUT) & set(TRAINING)
     rng = random.Random(0)
     documents = [draw_document(rng) for _ in range(200)]
-    assert not {scene for document in documents for scene in document.pictures} & set(HELD_OUT)
+    assert not {scene for document in documents for scene in document.images} & set(HELD_OUT)
     assert not {sentence for document in documents for sentence in document.sentences} & {
         f"{caption(s)}." for s in HELD_OUT
     }
@@ -30,7 +30,7 @@ def test_held_out_combinations_are_in_no_training_picture_or_text() -> None:
         assert {(s[first], s[second]) for s in HELD_OUT} <= {(s[first], s[second]) for s in TRAINING}
 
 
-def test_the_same_seed_draws_the_same_picture() -> None:
+def test_the_same_seed_draws_the_same_image() -> None:
     scene = TRAINING[7]
     one, same, other = (render(random.Random(seed), scene) for seed in (2, 2, 3))
     assert np.array_equal(one, same)
@@ -61,7 +61,7 @@ def test_the_whole_demo_runs(tmp_path: Path) -> None:
         "model",
         "truth",
         "of attributes right",
-        "when the pictures are blank",
+        "when the images are blank",
         "is chance",
         "checkpoint_0.pt",
     ):

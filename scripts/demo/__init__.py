@@ -1,1 +1,1 @@
-"""`make demo`: a vision-language model learns, from nothing and in minutes, to describe pictures of a small world."""
+"""`make demo`: a vision-language model learns, from nothing and in minutes, to describe images of a small world."""

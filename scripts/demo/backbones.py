@@ -52,7 +52,7 @@ def train_tokenizer(folder: Path, seed: int = 0) -> PreTrainedTokenizerFast:
 
 
 def draw_text(rng: random.Random) -> str:
-    """What the language model reads: a caption, or a document without its pictures."""
+    """What the language model reads: a caption, or a document without its images."""
     if rng.random() < 0.6:
         return caption(rng.choice(TRAINING))
     return " ".join(draw_document(rng).sentences)
@@ -116,7 +116,7 @@ def pretrain_vision_tower(
     config_path: Path,
     weights_path: Path,
     steps: int,
-    pictures: int,
+    images: int,
     track: Tracker | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -135,9 +135,9 @@ def pretrain_vision_tower(
     _start_positions(tower)
 
     track = track or silent()
-    scenes = [rng.choice(TRAINING) for _ in range(pictures)]
+    scenes = [rng.choice(TRAINING) for _ in range(images)]
     inputs = torch.stack(
-        [tower_input(torch.from_numpy(render(rng, scene))) for scene in track(scenes, pictures, "pictures")]
+        [tower_input(torch.from_numpy(render(rng, scene))) for scene in track(scenes, images, "images")]
     )
     captions = [caption(scene).split() for scene in scenes]
     words = sorted({word for text in captions for word in text})
@@ -146,7 +146,7 @@ def pretrain_vision_tower(
     head = nn.Linear(VISION_CONFIG["embed_dim"], length * len(words))
 
     def loss_of_a_batch() -> Tensor:
-        rows = torch.randint(pictures, (batch_size,))
+        rows = torch.randint(images, (batch_size,))
         flip = torch.rand(batch_size, 1, 1, 1) < 0.5  # as in training
         images = inputs[rows]
         images = normalize(torch.where(flip, images.flip(-1), images))
@@ -170,10 +170,10 @@ def _start_positions(tower: nn.Module) -> None:
     tower.positional_embedding[1:] = grid.flatten(0, 1)
 
 
-def tower_input(picture: Tensor) -> Tensor:
+def tower_input(image: Tensor) -> Tensor:
     """uint8 [height, width, 3] → uint8 [3, size, size], as training resizes."""
     size = VISION_CONFIG["vision_cfg"]["image_size"]
-    image = picture.permute(2, 0, 1)[None].float()
+    image = image.permute(2, 0, 1)[None].float()
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)[0]
 
 

@@ -12,7 +12,7 @@ from open_flamingo import create_model_and_transforms
 
 
 class Captioner:
-    """Pictures → captions.
+    """Images → captions.
 
     Args:
         backbones: folder that `__main__.py` fills.
@@ -31,11 +31,11 @@ class Captioner:
         self.model.eval()
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[np.ndarray], description: str, batch_size: int = 20) -> list[str]:
-        """One caption for each picture, uint8 `(height, width, 3)`, the likeliest word at a time."""
+    def __call__(self, images: Sequence[np.ndarray], description: str, batch_size: int = 20) -> list[str]:
+        """One caption for each image, uint8 `(height, width, 3)`, the likeliest word at a time."""
         texts = []
-        for start in tqdm(range(0, len(pictures), batch_size), desc=description):
-            batch = [self.image_processor(Image.fromarray(p)) for p in pictures[start : start + batch_size]]
+        for start in tqdm(range(0, len(images), batch_size), desc=description):
+            batch = [self.image_processor(Image.fromarray(p)) for p in images[start : start + batch_size]]
             vision_x = torch.stack(batch)[:, None, None]  # (B, images, frames, C, H, W)
             prompt = self.tokenizer(["<image>"] * len(batch), return_tensors="pt")
             output = self.model.generate(

@@ -1,4 +1,4 @@
-"""Interleaved documents of the small world: pictures, a caption sentence for each, and sentences about nothing one can see."""
+"""Interleaved documents of the small world: images, a caption sentence for each, and sentences about nothing one can see."""
 
 import random
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ FILLERS = (
     "Some of us liked it better than others did.",
 )
 THRESHOLD = (
-    0.24  # of similarity; the published recipe's, and what CLIP gives a picture and a sentence that belong together
+    0.24  # of similarity; the published recipe's, and what CLIP gives an image and a sentence that belong together
 )
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text with pictures, in no order: `similarity[i][s]` tells how well picture i and sentence s go together."""
+    """A text with images, in no order: `similarity[i][s]` tells how well image i and sentence s go together."""
 
     sentences: list[str]
-    pictures: list[Scene]
+    images: list[Scene]
     similarity: list[list[float]]
 
 
 def draw_document(rng: random.Random) -> Document:
-    """Two or three pictures with their captions among as many fillers; now and then a picture that no sentence is about."""
+    """Two or three images with their captions among as many fillers; now and then an image that no sentence is about."""
     scenes = [rng.choice(TRAINING) for _ in range(rng.randint(2, 3))]
     sentences: list[tuple[int | None, str]] = []
     for number, scene in enumerate(scenes):
@@ -42,12 +42,12 @@ def draw_document(rng: random.Random) -> Document:
         sentences.append((number, caption(scene) + "."))
     sentences += [(None, rng.choice(FILLERS))] * (rng.random() < 0.5)
 
-    pictures = list(enumerate(scenes))
+    images = list(enumerate(scenes))
     if rng.random() < 0.1:
-        pictures.append((-1, rng.choice(TRAINING)))
-    rng.shuffle(pictures)  # MMC4's are in no order either
+        images.append((-1, rng.choice(TRAINING)))
+    rng.shuffle(images)  # MMC4's are in no order either
     similarity = [
         [round(rng.uniform(0.28, 0.36) if about == number else rng.uniform(0.05, 0.2), 4) for about, _ in sentences]
-        for number, _ in pictures
+        for number, _ in images
     ]
-    return Document([text for _, text in sentences], [scene for _, scene in pictures], similarity)
+    return Document([text for _, text in sentences], [scene for _, scene in images], similarity)

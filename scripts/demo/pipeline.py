@@ -1,4 +1,4 @@
-"""`make demo`, or `python -m open_flamingo.scripts.demo`: from nothing to a model that describes pictures, in about five minutes.
+"""`make demo`, or `python -m open_flamingo.scripts.demo`: from nothing to a model that describes images, in about five minutes.
 
 Everything is made here, and nothing downloaded: a small world (`world.py`, `documents.py`), the two backbones that know it
 (`backbones.py`), and its shards (`shards.py`). What joins the backbones is the ordinary training program with ordinary flags.
@@ -34,29 +34,27 @@ ROOT = Path(__file__).resolve().parents[2]
 class Scale:
     """How much of everything."""
 
-    vision_pictures: int
+    vision_images: int
     vision_steps: int
     language_steps: int
     pairs: int
     documents: int
     updates: int
-    held_out_pictures: int
+    held_out_images: int
     batch_size_laion: int = 6  # a process
     batch_size_mmc4: int = 2
 
 
 FULL = Scale(
-    vision_pictures=12_000,
+    vision_images=12_000,
     vision_steps=1500,
     language_steps=600,
     pairs=6000,
     documents=2000,
     updates=500,
-    held_out_pictures=200,
+    held_out_images=200,
 )
-SMOKE = Scale(
-    vision_pictures=64, vision_steps=4, language_steps=4, pairs=48, documents=24, updates=2, held_out_pictures=8
-)
+SMOKE = Scale(vision_images=64, vision_steps=4, language_steps=4, pairs=48, documents=24, updates=2, held_out_images=8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder / stale, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    say("1/4  Two small backbones, and a world to train them on: pictures of colored shapes, captions, documents")
+    say("1/4  Two small backbones, and a world to train them on: images of colored shapes, captions, documents")
     shards = prepare(folder, scale)
-    say("2/4  MMC4 documents and downloaded pictures → shards, as for the real ones")
+    say("2/4  MMC4 documents and downloaded images → shards, as for the real ones")
     shards["mmc4"] = convert(folder, shards["mmc4 download"])
     say("3/4  The training program joins the frozen backbones: two processes, LAION and MMC4 shards")
     checkpoint = train(folder, scale, shards)
-    say("4/4  Captions of held-out pictures: of combinations in no picture and no text of any stage before")
+    say("4/4  Captions of held-out images: of combinations in no image and no text of any stage before")
     report(folder, scale, checkpoint)
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nAll of it took {minutes} min {seconds:02d} s.")
@@ -114,7 +112,7 @@ def prepare_vision(folder: Path, scale: Scale, track: Tracker) -> None:
     torch.set_num_threads(1)
     backbones = folder / "backbones"
     pretrain_vision_tower(
-        backbones / "vision.json", backbones / "vision.pt", scale.vision_steps, scale.vision_pictures, track
+        backbones / "vision.json", backbones / "vision.pt", scale.vision_steps, scale.vision_images, track
     )
 
 
@@ -197,21 +195,21 @@ def show(word: str) -> str:
 
 
 def report(folder: Path, scale: Scale, checkpoint: Path) -> None:
-    """Caption held-out pictures and blank ones; print what is right, and write the sheet."""
+    """Caption held-out images and blank ones; print what is right, and write the sheet."""
     from .captioner import Captioner
     from .score import chance, total_score
     from .sheet import write_sheet
     from .world import HELD_OUT, caption, render
 
     rng = random.Random("held out")
-    scenes = [rng.choice(HELD_OUT) for _ in range(scale.held_out_pictures)]
-    pictures = [render(rng, scene) for scene in scenes]
+    scenes = [rng.choice(HELD_OUT) for _ in range(scale.held_out_images)]
+    images = [render(rng, scene) for scene in scenes]
     blanks = [render(rng, None) for _ in scenes]
 
     captioner = Captioner(folder / "backbones", checkpoint)
-    texts = captioner(pictures, "captions")
+    texts = captioner(images, "captions")
     seen = total_score(texts, scenes)
-    blind = total_score(captioner(blanks, "captions of blank pictures"), scenes)
+    blind = total_score(captioner(blanks, "captions of blank images"), scenes)
     guess, luckiest = chance(scenes)
 
     print()
@@ -219,15 +217,15 @@ def report(folder: Path, scale: Scale, checkpoint: Path) -> None:
         print(f"  model  {text}\n  truth  {caption(scene)}\n")
     by_attribute = ", ".join(f"{name} {seen[name].share:.0%}" for name in seen if name != "all")
     numbers = [
-        (f"{seen['all'].share:.1%}", f"of attributes right in {len(scenes)} held-out pictures ({by_attribute})"),
-        (f"{blind['all'].share:.1%}", "right when the pictures are blank"),
-        (f"{guess:.1%}", f"is chance: a caption of training for all pictures (the luckiest of 200: {luckiest:.1%})"),
+        (f"{seen['all'].share:.1%}", f"of attributes right in {len(scenes)} held-out images ({by_attribute})"),
+        (f"{blind['all'].share:.1%}", "right when the images are blank"),
+        (f"{guess:.1%}", f"is chance: a caption of training for all images (the luckiest of 200: {luckiest:.1%})"),
     ]
     for value, what in numbers:
         print(f"{value:>7} {what}")
     sheet = folder / "captions.html"
-    write_sheet(sheet, "Held-out pictures, captioned", numbers, list(zip(pictures, scenes, texts, strict=True))[:48])
-    print(f"\nCheckpoint  {show(str(checkpoint))}\nPictures    {show(str(sheet))}  (open it in a browser)")
+    write_sheet(sheet, "Held-out images, captioned", numbers, list(zip(images, scenes, texts, strict=True))[:48])
+    print(f"\nCheckpoint  {show(str(checkpoint))}\nImages      {show(str(sheet))}  (open it in a browser)")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def total_score(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, Scor
 
 
 def chance(scenes: Sequence[Scene], guesses: int = 200, seed: int = 0) -> tuple[float, float]:
-    """The shares of attributes right for who sees no picture, but knows what training says.
+    """The shares of attributes right for who sees no image, but knows what training says.
 
     Returns the mean over captions of training, each given as the answer for every scene; and that of the luckiest of them.
     """

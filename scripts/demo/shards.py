@@ -19,20 +19,20 @@ JPEG_QUALITY = 90
 def write_laion(
     folder: Path, pairs: int, pairs_per_shard: int = 500, track: Tracker | None = None, seed: int = 0
 ) -> str:
-    """Write picture–caption pairs; return the brace pattern of the shards."""
+    """Write image–caption pairs; return the brace pattern of the shards."""
     folder.mkdir(parents=True)
     rng = random.Random(f"laion {seed}")
     pattern = str(folder / "%05d.tar")
     with webdataset.ShardWriter(pattern, maxcount=pairs_per_shard, verbose=0) as writer:
         for number in (track or silent())(range(pairs), pairs, "LAION pairs"):
             scene = rng.choice(TRAINING)
-            picture = encode(render(rng, scene))
-            writer.write({"__key__": f"{number:08d}", "jpg": picture, "txt": caption(scene)})
+            image = encode(render(rng, scene))
+            writer.write({"__key__": f"{number:08d}", "jpg": image, "txt": caption(scene)})
     return braces(folder, -(-pairs // pairs_per_shard), 5)
 
 
 def write_mmc4_download(folder: Path, documents: int, track: Tracker | None = None, seed: int = 0) -> tuple[Path, Path]:
-    """Write documents as MMC4 publishes them and pictures as its users download them; return the zip and the image folder."""
+    """Write documents as MMC4 publishes them and images as its users download them; return the zip and the image folder."""
     images = folder / "images"
     (images / "0").mkdir(parents=True)
     rng = random.Random(f"mmc4 {seed}")
@@ -40,8 +40,8 @@ def write_mmc4_download(folder: Path, documents: int, track: Tracker | None = No
     with zipfile.ZipFile(archive, "w") as file, file.open("docs_shard_0.jsonl", "w") as lines:
         for number in (track or silent())(range(documents), documents, "MMC4 documents"):
             document = draw_document(rng)
-            names = [f"{number:06d}_{i}.jpg" for i in range(len(document.pictures))]
-            for name, scene in zip(names, document.pictures, strict=True):
+            names = [f"{number:06d}_{i}.jpg" for i in range(len(document.images))]
+            for name, scene in zip(names, document.images, strict=True):
                 (images / "0" / name).write_bytes(encode(render(rng, scene)))
             published = {
                 "text_list": document.sentences,
@@ -52,8 +52,8 @@ def write_mmc4_download(folder: Path, documents: int, track: Tracker | None = No
     return archive, images
 
 
-def encode(picture: np.ndarray) -> bytes:
-    return simplejpeg.encode_jpeg(picture, quality=JPEG_QUALITY)
+def encode(image: np.ndarray) -> bytes:
+    return simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY)
 
 
 def braces(folder: Path, shards: int, digits: int) -> str:

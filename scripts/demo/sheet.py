@@ -1,4 +1,4 @@
-"""One page of pictures with what the model said of them."""
+"""One page of images with what the model said of them."""
 
 import base64
 import html
@@ -23,10 +23,10 @@ figcaption .truth { color: #777; font-size: .87em } .wrong { background: #ffd9d6
 def write_sheet(
     path: Path, headline: str, numbers: Sequence[tuple[str, str]], rows: Sequence[tuple[np.ndarray, Scene, str]]
 ) -> None:
-    """Write a page that needs no other file: `numbers` are (value, what it is), `rows` are (picture, what it shows, caption)."""
+    """Write a page that needs no other file: `numbers` are (value, what it is), `rows` are (image, what it shows, caption)."""
     figures = []
-    for picture, scene, text in rows:
-        source = base64.b64encode(encode(picture)).decode()
+    for image, scene, text in rows:
+        source = base64.b64encode(encode(image)).decode()
         said = mark_wrong(text, scene)
         truth = "" if text == caption(scene) else f'<div class="truth">truth: {html.escape(caption(scene))}</div>'
         figures.append(

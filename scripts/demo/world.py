@@ -1,12 +1,12 @@
-"""The demo's small world: pictures of one to three equal shapes, and English captions that say all there is to say of them.
+"""The demo's small world: images of one to three equal shapes, and English captions that say all there is to say of them.
 
-A picture has five attributes: count, size, color, form and place ("two large red crosses at the top"). Training flips
-pictures left to right, so no word of this world means left or right: a place is one of three bands, and shapes stand anywhere
+An image has five attributes: count, size, color, form and place ("two large red crosses at the top"). Training flips
+images left to right, so no word of this world means left or right: a place is one of three bands, and shapes stand anywhere
 along it.
 
-The *held-out* combinations of the five appear in no picture and no text of any training stage; held-out pictures show
-nothing else. Each of their words, and each pair of them, is common in training: whoever describes held-out pictures
-has learned the words, not the pictures.
+The *held-out* combinations of the five appear in no image and no text of any training stage; held-out images show
+nothing else. Each of their words, and each pair of them, is common in training: whoever describes held-out images
+has learned the words, not the images.
 """
 
 import itertools
@@ -33,7 +33,7 @@ GRAIN = 64  # gray levels between the darkest and the lightest grain
 
 
 class Scene(NamedTuple):
-    """What a picture shows, in words."""
+    """What an image shows, in words."""
 
     count: str
     size: str
@@ -64,7 +64,7 @@ def caption(scene: Scene) -> str:
 
 
 def render(rng: random.Random, scene: Scene | None) -> np.ndarray:
-    """A picture of `scene`, or of nothing, on a tinted, grainy ground: uint8 `(IMAGE_SIZE, IMAGE_SIZE, 3)`."""
+    """An image of `scene`, or of nothing, on a tinted, grainy ground: uint8 `(IMAGE_SIZE, IMAGE_SIZE, 3)`."""
     ground = rng.randint(30, 60)
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(ground + rng.randint(-8, 8) for _ in range(3)))
     draw = ImageDraw.Draw(image)
@@ -77,7 +77,7 @@ def render(rng: random.Random, scene: Scene | None) -> np.ndarray:
         y = (PLACES.index(scene.place) + 0.5) * cell + rng.uniform(-2, 2)
         color = tuple(channel + rng.randint(-12, 12) for channel in COLORS[scene.color])
         draw_form(draw, scene.form, x, y, radius, color)
-    # The grain makes pictures differ, and their files larger than the 10 KB under which MMC4 images are dropped.
+    # The grain makes images differ, and their files larger than the 10 KB under which MMC4 images are dropped.
     grain = np.frombuffer(rng.randbytes(IMAGE_SIZE * IMAGE_SIZE), dtype=np.uint8) % GRAIN
     grain = grain.reshape(IMAGE_SIZE, IMAGE_SIZE, 1).astype(np.int16) - GRAIN // 2
     return np.clip(np.asarray(image, dtype=np.int16) + grain, 0, 255).astype(np.uint8)
