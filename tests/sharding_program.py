@@ -31,7 +31,7 @@ from open_flamingo.train.step import TrainDataset, Trainer, train_step
 from open_flamingo.weights import trained_state_dict
 from tests.families import FAMILIES, IMAGE, VIS_DIM, VOCABULARY, flamingo, language_model
 
-UPDATES = {"short": 4, "long": 10}
+UPDATES = {"short": 2, "long": 10}
 ROWS = 8  # an update and dataset, all ranks and micro-batches together
 
 

@@ -258,6 +258,7 @@ def test_blocks_are_compiled_once_for_any_length_and_number_of_images(monkeypatc
         nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
     )
     model = flamingo(language_model("gemma2", tied=True, num_hidden_layers=3), gradient_checkpointing=True).train()
+    model.perceiver.layers = model.perceiver.layers[:2]  # the others are traced as the second is
     shapes = [(0, 3), (5, 2), (9, 3), (30, 2), (1, 3)]
     expected = [train_once(model, *shape) for shape in shapes]
     names = list(model.state_dict())

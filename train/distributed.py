@@ -1,16 +1,7 @@
 """Launcher detection, process-group setup and small collectives.
 
-What launched this process is read from its environment; the first of these that fits counts:
-
-1. RANK and WORLD_SIZE: torchrun, or set by hand. First, as torchrun also runs inside SLURM jobs.
-2. The variables of `horovodrun`.
-3. The variables of an `mpirun`: Open MPI's, MVAPICH's, Hydra's (Intel MPI, MPICH). Before SLURM, as in a SLURM job an
-   mpirun starts its helpers with srun, and the ranks inherit the SLURM variables of the helpers.
-4. The variables of a SLURM job step (`srun`).
-5. None of them: one process.
-
-The ranks meet at `--dist-url`, and if that is `env://`, at MASTER_ADDR and MASTER_PORT. What of these is not set is
-derived from the launcher: see `init_method`.
+What launched this process is read from its environment: see `LAUNCHERS`. The ranks meet at `--dist-url`, and if that is
+`env://`, at MASTER_ADDR and MASTER_PORT; what of these is not set is derived from the launcher: see `init_method`.
 """
 
 from __future__ import annotations
@@ -41,8 +32,7 @@ class World:
     """This process among those of the run.
 
     Attributes:
-        launcher: what started it, as in `LAUNCHERS`.
-        local_rank, local_world_size: among the ranks of this node; the latter is None where the launcher does not tell.
+        local_rank, local_world_size: on this node; the latter is None where the launcher does not tell.
         store: in which the ranks have met; None for one process.
     """
 
@@ -64,7 +54,6 @@ class GroupOptions:
     """How the process group is made.
 
     Attributes:
-        url: where the ranks meet; `env://` is completed: see `init_method`.
         backend: on GPUs; on the CPU it is gloo.
         set_device: whether a process takes the GPU of its local rank, or the first.
         group_of_one: whether a single process gets a group, which sharding needs.
@@ -82,7 +71,8 @@ class GroupOptions:
 
 ENVIRONMENT, TORCHRUN, OPEN_MPI, SLURM, HOROVOD = "environment", "torchrun", "Open MPI", "SLURM", "Horovod"
 
-# In the order in which they are asked. Of a launcher: the variables of rank, world size, local rank, local world size.
+# Of each launcher, the variables of rank, world size, local rank, local world size. The first that fits counts: torchrun and mpirun also
+# run inside SLURM jobs, where an mpirun starts its helpers with srun and the ranks inherit the SLURM variables of the helpers.
 LAUNCHERS = {
     ENVIRONMENT: ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     HOROVOD: ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
@@ -114,18 +104,14 @@ def detect_launcher() -> World:
 
 def _integer(name: str | None) -> int | None:
     text = os.environ.get(name or "")
-    if text is None:
-        return None
     try:
-        return int(text)
+        return None if text is None else int(text)
     except ValueError:
         raise ValueError(f"{name}={text!r} is not a number") from None
 
 
 def init_method(world: World, dist_url: str) -> str:
-    """Where the ranks meet, as the `init_method` of torch.distributed.
-
-    That is `dist_url`, unless it is `env://` and MASTER_ADDR or MASTER_PORT is not set. The one that is missing is taken from
+    """`dist_url`, as torch.distributed takes it. If it is `env://` and MASTER_ADDR or MASTER_PORT is not set, that one comes from
 
     - SLURM, for its steps and for an mpirun inside one of its jobs: the first host of the node list, and a port made from
       the ids of job and step;
@@ -159,10 +145,7 @@ def init_method(world: World, dist_url: str) -> str:
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a SLURM node list: "gpu[007-009,12],login1" → "gpu007".
-
-    As `scontrol show hostnames` prints it, which containers often lack.
-    """
+    """ "gpu[007-009,12],login1" → "gpu007", as `scontrol show hostnames`, which containers often lack."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
     assert first is not None
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
@@ -176,8 +159,8 @@ def _port(name: str) -> str:
 def _torchrun_store(world: World, timeout: timedelta) -> dist.Store:
     """A store on rank 0, on a port that was free there, which torchrun's store tells to the other ranks.
 
-    Torchrun's own store outlives a restart of the ranks, and with it the addresses at which those before listened; ranks
-    that find these first fail to connect, or wait forever (seen with gloo and torch 2.15).
+    Torchrun's own outlives a restart of the ranks, with the addresses at which those before listened: ranks that find these first
+    fail to connect, or wait forever.
     """
     agent_store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
     key = "open_flamingo/store"
@@ -248,7 +231,8 @@ def distributed(world: World, options: GroupOptions | None = None) -> Iterator[W
         store=dist.PrefixStore("process group", store),
     )
     try:
-        yield replace(world, local_world_size=world.local_world_size or ranks_of_node(), store=store)
+        ranks_of_node = world.local_world_size or gather_objects(socket.gethostname()).count(socket.gethostname())
+        yield replace(world, local_world_size=ranks_of_node, store=store)
     finally:
         dist.destroy_process_group()
 
@@ -263,24 +247,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def run_on_rank0(function: Callable[..., T], *args: Any) -> T:
-    """What `function(*args)` returns on rank 0, on every rank. A ValueError there is raised on every rank."""
-    if not dist.is_initialized():
-        return function(*args)
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function(*args)
-        except ValueError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
-    return outcome[0]
-
-
-def ranks_of_node() -> int:
-    """How many ranks this machine runs. Every rank must call this."""
-    return gather_objects(socket.gethostname()).count(socket.gethostname())
+    """What `function(*args)` returns on rank 0, on every rank; a ValueError or OSError there is raised on every rank."""
+    result: list[Any] = [None]
+    with raise_on_all_ranks():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            result[0] = function(*args)
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 @contextmanager

@@ -1,11 +1,4 @@
-"""Run health: losses and gradients that are not finite, signals that ask for a stop.
-
-    Signals     SIGTERM, SIGINT and SIGUSR1 ask for a stop after the update
-    Health      what all ranks agree on before each backward pass: is the loss finite everywhere, was a stop asked for
-
-An agreement costs one number read from the device per forward pass, once that has ended. Without it, no rank could know that
-another must leave this batch out before they average the gradients.
-"""
+"""Run health: losses and gradients that are not finite, signals that ask for a stop."""
 
 from __future__ import annotations
 
@@ -39,11 +32,7 @@ BAD_BATCHES = "bad_batches.jsonl"
 
 
 class Signals:
-    """Within this `with`, the first signal is only noted; a second SIGINT ends the program at once.
-
-    Attributes:
-        received: the name of the first one, None before it.
-    """
+    """Within this `with`, the first of `STOP_SIGNALS` is only noted, in `received`; a second SIGINT ends the program at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -60,7 +49,6 @@ class Signals:
             signal.signal(number, handler)
 
     def ask_to_stop(self) -> None:
-        """As a SIGTERM does."""
         self.received = self.received or signal.SIGTERM.name
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -73,14 +61,6 @@ class Signals:
             self.received, self._when = signal.Signals(number).name, time.monotonic()
 
 
-class PendingNorm(NamedTuple):
-    """The gradient norm of an update, which has not been looked at."""
-
-    norm: torch.Tensor
-    keys: list[str]
-    step: int
-
-
 class Agreement(NamedTuple):
     """Of the forward passes of all ranks on one batch each."""
 
@@ -89,11 +69,11 @@ class Agreement(NamedTuple):
 
 
 class Health:
-    """What the ranks agree on, so that all of them do the same.
+    """What the ranks agree on before each backward pass, so that all of them do the same. It costs one number read from the device per
+    forward pass: without it, no rank could know that another must leave this batch out before they average the gradients.
 
     Args:
-        folder: of the run, where rank 0 records what was bad; None: nowhere.
-        signals, watchdog: of this process, if it has them.
+        folder: of the run, where rank 0 records what was bad.
 
     Attributes:
         consecutive_bad_steps: updates up to the last one of which a part, or all, was left out.
@@ -110,16 +90,15 @@ class Health:
         self._step = 0
         self._keys: list[str] = []  # of this rank's samples of this update
         self._part_left_out = False
-        self._pending: PendingNorm | None = None
+        # The gradient norm of an update, its samples and number: not waited for, but looked at in the next agreement.
+        self._pending: tuple[torch.Tensor, list[str], int] | None = None
         self.consecutive_bad_steps = 0
         self.bad_batches: Counter[str] = Counter()
         self.stop: str | None = None
 
     def begin(self, step: int) -> None:
         """Update number `step` begins."""
-        self._step = step
-        self._part_left_out = False
-        self._keys = []
+        self._step, self._part_left_out, self._keys = step, False, []
 
     def set_phase(self, phase: str) -> None:
         """For the watchdog. All ranks call this in the same places."""
@@ -140,7 +119,7 @@ class Health:
         labels = batch.num_labels
         received = None if self._signals is None else self._signals.received
         stops = [float(received == number.name) for number in STOP_SIGNALS]
-        bad_norm = False if self._pending is None else ~self._pending.norm.isfinite()
+        bad_norm = False if self._pending is None else ~self._pending[0].isfinite()
         sums = torch.cat(
             [loss.new_tensor([labels, *stops]), torch.stack([loss * labels, bad_norm + loss.new_zeros(())])]
         )
@@ -160,38 +139,35 @@ class Health:
     def end(self, norm: torch.Tensor | None, overflow_is_normal: bool = False) -> None:
         """The update is done: its gradient norm, on the device; None if all its parts were left out.
 
-        The norm is not waited for: it is looked at in the next agreement, or by `flush`.
-
         Args:
             overflow_is_normal: fp16 finds its scale by overflowing; only a long row of that is bad.
         """
         if self._part_left_out:
             self.consecutive_bad_steps += 1
         elif norm is not None:
-            self._pending = PendingNorm(norm.detach(), [] if overflow_is_normal else self._keys, self._step)
+            self._pending = (norm.detach(), [] if overflow_is_normal else self._keys, self._step)
 
     def flush(self) -> None:
         """Looks at the norm of the last update, waiting for it. It is the same on all ranks."""
         if self._pending is not None:
-            self._check_pending_norm(not bool(self._pending.norm.isfinite()))
+            self._check_pending_norm(not bool(self._pending[0].isfinite()))
 
     def _check_pending_norm(self, bad: bool) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
+        (_, keys, step), self._pending = self._pending, None
         self.consecutive_bad_steps = self.consecutive_bad_steps + 1 if bad else 0
-        if bad and pending.keys:
-            self._record("gradient norm", pending.keys, pending.step)
+        if bad and keys:
+            self._record("gradient norm", keys, step)
 
     def _record(self, what: str, keys: list[str] | None, step: int) -> None:
-        """One line in the run's folder and one in the log. `keys`: this rank's samples, None if they are not suspect."""
+        """In the log and the run's folder. `keys`: this rank's samples, None if they are not suspect."""
         samples = {rank: of for rank, of in enumerate(gather_objects(keys)) if of is not None}
         if dist.is_initialized() and dist.get_rank() != 0:
             return
-        count = sum(map(len, samples.values()))
         log.warning(
             "update %d: the %s is not finite on rank %s: left out on all ranks. Its %d samples are in %s",
-            *(step, what, ", ".join(map(str, samples)), count, BAD_BATCHES),
+            *(step, what, ", ".join(map(str, samples)), sum(map(len, samples.values())), BAD_BATCHES),
         )
         if self._folder is None:
             return

@@ -96,12 +96,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if stopped_by is None else EXIT_STOPPED
 
 
-# Of several time limits that fall together, the one with the most to say must come first: a loader that hangs (which worker, which
-# shard), then the ranks that wait for its rank (which rank, in which phase), then torch (nothing).
-
-
 def watchdog_limits(args: argparse.Namespace) -> tuple[float, float]:
-    """Seconds that a phase may take: of the training, and before its first update is done."""
+    """Seconds that a phase may take: of the training, and before its first update is done.
+
+    Of several limits that fall together, the one with the most to say must come first: a loader that hangs (which worker, which
+    shard), then the ranks that wait for its rank (which rank, in which phase), then torch (nothing).
+    """
     return 1.25 * args.dist_timeout + 5, 1.25 * args.startup_timeout + 5
 
 

@@ -37,13 +37,8 @@ _SYNC_BUFFERS = (
 
 @dataclass(frozen=True)
 class Sharding:
-    """How FSDP spreads the model.
-
-    Args:
-        shard_size: ranks that share one copy of the model. Fewer than all: `hybrid`, sharded within a group of so many
-            ranks and replicated between the groups.
-        shard_frozen: whether frozen parameters are sharded too, or whole on every rank.
-    """
+    """How FSDP spreads the model: over `shard_size` ranks that share one copy (fewer than all: `hybrid`, replicated between such
+    groups), frozen parameters too or whole on every rank."""
 
     shard_size: int
     shard_frozen: bool = True
@@ -61,9 +56,9 @@ def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | No
 
 
 def shard_size(strategy: str, given: int | None, world_size: int, ranks_of_node: int) -> int:
-    """The ranks that share one copy of the model: all (`full`), or those of a node (`hybrid`), or as `given`.
+    """The ranks that share one copy of the model: as `given`, or all (`full`), or those of a node (`hybrid`).
 
-    Raises ValueError, naming the flag, where they do not divide the ranks.
+    Raises ValueError where they do not divide the ranks.
     """
     size = given or (world_size if strategy == "full" else ranks_of_node)
     if world_size % size:
@@ -75,33 +70,27 @@ def shard_size(strategy: str, given: int | None, world_size: int, ranks_of_node:
 
 
 def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
-    """Puts `model` on the device, the same on every rank, and wraps it: DDP, or FSDP if there is a `sharding`.
+    """Puts `model` on the device and wraps it: DDP, FSDP if there is a `sharding`, nothing for a single process without.
 
     Weights come from rank 0; on the other ranks the model may be on the meta device. They are sent, and sharded, unit
     by unit, so that no rank ever holds more than one whole unit beside its shards.
-
-    A single process needs no wrapper, unless it is to be sharded.
     """
     if sharding is None:
         broadcast_from_rank0(model, model, world)
         if world.world_size == 1:
             return model
-        # Measured by benchmarks/buckets.py, two ranks over gloo, 144 MB of gradients: an update takes 2.30 to 2.48 s with buckets
-        # from 1 MB to a single one, less apart than rounds of the same are. So they stay at torch's 25 MB: small enough that
-        # most are on their way before the backward pass ends, large enough to fill a link.
+        # Buckets stay at torch's 25 MB: other sizes made no difference (benchmarks/buckets.py).
         options: dict[str, Any] = {
-            "gradient_as_bucket_view": True,  # no second copy of the gradients: 2.53 instead of 2.67 GB
+            "gradient_as_bucket_view": True,  # no second copy of the gradients
             "init_sync": False,  # they are the same already
             _SYNC_BUFFERS: False,  # they are constants of frozen models
         }
         return DistributedDataParallel(model, **options)
 
-    groups = world.world_size // sharding.shard_size
-    if groups == 1:
-        mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("shard",))
-    else:
-        shape = (groups, sharding.shard_size)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    dims = {"replicate": world.world_size // sharding.shard_size, "shard": sharding.shard_size}
+    if dims["replicate"] == 1:
+        del dims["replicate"]
+    mesh = init_device_mesh(world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
     # FSDP warns where a unit returns a view, since writing into it would lose its gradient. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     placed: set[int] = set()
@@ -151,13 +140,8 @@ def _repeated_blocks(tower: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def broadcast_from_rank0(unit: nn.Module, model: nn.Module, world: World, done: set[int] | None = None) -> None:
-    """Puts the parameters and buffers of `unit` on the device, as they are on rank 0, wherever `model` uses them.
-
-    What is sharded already stays as it is, and tied parameters stay tied.
-
-    Args:
-        done: ids of the tensors that are in place, which stay as they are; added to.
-    """
+    """Puts the parameters and buffers of `unit` on the device, as they are on rank 0, wherever `model` uses them: what is tied stays
+    tied. What is sharded, or whose id is in `done` (which is added to), is in place already."""
     placed: dict[int, Tensor] = {}
     done = set() if done is None else done
     for tensor in [*unit.parameters(), *unit.buffers()]:
@@ -179,20 +163,14 @@ def broadcast_from_rank0(unit: nn.Module, model: nn.Module, world: World, done: 
 
 
 def dummy_batch(image: Tensor, media_token_id: int, eoc_token_id: int) -> dict[str, Tensor]:
-    """The smallest batch that reaches every trained parameter, for `warm_up_ddp` and `reduce_gradients`.
-
-    Args:
-        image: float32 [3, H, W], as the vision encoder takes them.
-    """
+    """The smallest batch that reaches every trained parameter. `image`: float32 [3, H, W], as the vision encoder takes them."""
     tokens = torch.tensor([[media_token_id, eoc_token_id]])
     return {"vision_x": image[None, None, None], "lang_x": tokens, "labels": tokens}
 
 
 def reduce_gradients(model: nn.Module, batch: dict[str, Tensor], precision: str = "fp32") -> None:
-    """Averages the gradients over the ranks as they are: one pass over a dummy batch whose own gradients are 0.
-
-    For when the pass that should have averaged them is left out: DDP and FSDP do it within backward passes only.
-    """
+    """Averages the gradients over the ranks, where the pass that should have done it was left out: DDP and FSDP do it within
+    backward passes only, so this is one over a dummy batch whose own gradients are 0."""
     if not isinstance(model, (DistributedDataParallel, FSDPModule)):
         return
     device = next(model.parameters()).device
@@ -204,11 +182,10 @@ def reduce_gradients(model: nn.Module, batch: dict[str, Tensor], precision: str 
 
 
 def warm_up_ddp(model: nn.Module, batch: dict[str, Tensor], precision: str = "fp32") -> None:
-    """Call it once, before the first update: a backward pass whose gradients are thrown away.
+    """A backward pass whose gradients are thrown away, once, before the first update.
 
-    After its first backward pass, DDP lays its buckets out again, in the order in which the gradients came. With more
-    than two ranks, the layout decides in which order gradients are added up; so without this, the first update after
-    a resume would differ in its last bits from the same update of a run that was not stopped.
+    After its first one DDP lays its buckets out again, in the order in which gradients came, which decides the order in which they
+    are added up: without this, the first update after a resume would differ in its last bits.
     """
     if isinstance(model, DistributedDataParallel):
         reduce_gradients(model, batch, precision)
@@ -217,10 +194,7 @@ def warm_up_ddp(model: nn.Module, batch: dict[str, Tensor], precision: str = "fp
 
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """The context of one forward *and* backward pass: whether this backward averages the gradients over the ranks.
-
-    DDP decides in forward, so the context must cover both.
-    """
+    """The context of one forward *and* backward pass (DDP decides in forward): whether it averages the gradients over the ranks."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
         yield
@@ -238,10 +212,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles and runs a small function, as `compile_blocks` will have compiled large ones.
-
-    Raises ValueError, saying what is missing, where this machine cannot.
-    """
+    """Compiles and runs a small function. Raises ValueError, saying what is missing, where this machine cannot."""
     try:
         # Without caches, else what was compiled before would hide that the compiler is gone.
         with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
@@ -257,16 +228,12 @@ def check_compiler(device: torch.device) -> None:
 def compile_blocks(model: Flamingo) -> None:
     """Has each decoder layer, gated block and resampler layer compiled when it is first called.
 
-    Each by itself, since they repeat: what is compiled for the first of a kind serves all of them, so compiling takes as
-    long for 48 layers as for one. Parameter names stay. Everything is compiled for any number of rows, tokens and images
-    from the start (dynamic shapes), but for those of which there is one, which are compiled for once more.
-
-    Call it after `parallelize` and `warm_up_ddp`: the warm-up's one row would be compiled for, and never be seen again.
+    Each by itself: what is compiled for the first of a kind serves all of them. Shapes are dynamic from the start, but for sizes of
+    one, which are compiled for once more. Call it after `warm_up_ddp`, whose one row would be compiled for and never seen again.
     """
-    # By default, graphs compiled within DDP's forward are split where its buckets end. Blocks are smaller than that.
+    # By default graphs within DDP's forward are split where its buckets end; blocks are smaller than that.
     torch._dynamo.config.optimize_ddp = False
-    # Counted over all kinds of blocks together, and beyond it torch goes on without compiling. A model has some five
-    # kinds; one row, one image or one token make a few more of each.
+    # Counted over all kinds of blocks together; beyond it torch goes on without compiling.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
     blocks = [block for layer in model.decoder_layers for block in layer.children()]
     blocks += [block for pair in model.perceiver.layers for block in pair.children()]

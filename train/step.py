@@ -24,11 +24,8 @@ class TrainDataset:
     """One of the datasets: where its batches come from, and what has come since the last log line.
 
     Args:
-        kind: "laion" or "mmc4".
         weight: of its loss.
-        loader: its batches.
         normalization: mean and standard deviation of each channel that images still need, None if they need none.
-        device: where the model is.
     """
 
     def __init__(
@@ -43,10 +40,7 @@ class TrainDataset:
         self.weight = weight
         self.loader = loader
         self.device = device
-        self._normalization = None
-        if normalization is not None:
-            mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in normalization)
-            self._normalization = mean, std
+        self._normalization = normalization and [torch.tensor(v, device=device).view(3, 1, 1) for v in normalization]
         self.dropped: Counter[str] = Counter()  # on purpose, by reason, since the program started
         self.errors: Counter[str] = Counter()
         self.last: Batch | None = None  # whose cursors the next checkpoint stores
@@ -79,22 +73,15 @@ class TrainDataset:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What an update works on.
+    """What an update works on."""
 
-    Attributes:
-        model: wrapped by `parallelize`.
-        scaler: for --precision fp16.
-        reduce_gradients: averages the gradients over the ranks without adding to them, where the pass that should have
-            done it was left out.
-    """
-
-    model: nn.Module
+    model: nn.Module  # wrapped by `parallelize`
     optimizer: torch.optim.Optimizer
     datasets: Sequence[TrainDataset]
     precision: str = "fp32"
     accumulation: int = 1
-    scaler: LossScaler | None = None
-    reduce_gradients: Callable[[], None] = lambda: None
+    scaler: LossScaler | None = None  # for fp16
+    reduce_gradients: Callable[[], None] = lambda: None  # where the pass that should have averaged them was left out
 
 
 def train_step(trainer: Trainer, learning_rate: float, health: Health | None = None) -> torch.Tensor | None:

@@ -30,14 +30,11 @@ class _Report(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process when it has been in one phase for longer than that phase may take, and says which rank is behind.
+    """Ends this process when it has been in one phase for longer than `timeout` seconds (`startup_timeout` before the first update is
+    done), and says which rank is behind.
 
     One thread exchanges heartbeats through the store in which the ranks have met; another watches the time, as the store may not
     answer. The second also sees when the torchrun above has died, and then asks for a stop, as a SIGTERM does.
-
-    Args:
-        timeout: of a phase of the training, in seconds.
-        startup_timeout: of a phase before the first update is done.
     """
 
     def __init__(self, world: World, timeout: float, startup_timeout: float) -> None:
@@ -64,11 +61,8 @@ class Watchdog:
         self._over.set()
 
     def set_phase(self, phase: str, limited: bool = True) -> None:
-        """The run has come to `phase`. All ranks call this in the same places.
-
-        Args:
-            limited: False for what may rightly take any time, such as writing a checkpoint: a line is logged each minute.
-        """
+        """The run has come to `phase`. All ranks call this in the same places. What is not `limited` may take any time, such as writing
+        a checkpoint: a line is logged each minute."""
         self._progress, self._phase, self._since = self._progress + 1, phase, time.monotonic()
         self._limit = self._default_limit if limited else None
 
@@ -101,8 +95,8 @@ class Watchdog:
             while not self._over.wait(self._interval if beat else 0):
                 beat += 1
                 report = _Report(beat, self._progress, self._phase, socket.gethostname(), os.getpid())
-                self._store.set(_key(self._world.rank), json.dumps(report))
-                self._rank_0 = _Report(*json.loads(self._store.get(_key(0))))
+                self._store.set(f"health/{self._world.rank}", json.dumps(report))
+                self._rank_0 = _Report(*json.loads(self._store.get("health/0")))
                 self._heard = time.monotonic()
                 if not self._asked.is_set() or self._answered.is_set():
                     continue
@@ -144,12 +138,8 @@ class Watchdog:
 
     def _read(self) -> dict[int, _Report]:
         assert self._store is not None
-        ranks = [rank for rank in range(self._world.world_size) if self._store.check([_key(rank)])]
-        return {rank: _Report(*json.loads(self._store.get(_key(rank)))) for rank in ranks}
-
-
-def _key(rank: int) -> str:
-    return f"health/{rank}"
+        ranks = [rank for rank in range(self._world.world_size) if self._store.check([f"health/{rank}"])]
+        return {rank: _Report(*json.loads(self._store.get(f"health/{rank}"))) for rank in ranks}
 
 
 def _describe(rank: int, what: str, report: _Report | None) -> str:
