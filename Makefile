@@ -12,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Tests are many small processes: one thread each. Two pytest workers, as the machines that run them have two cores.
 # -rs: tests of launchers that are not installed are named; tests/launch/install.sh installs them.
-TEST_FLAGS ?= -n 2 --dist worksteal -rs
+TEST_FLAGS ?= -n 2 --dist loadgroup -rs
 # Model, generation, goldens, step, sharding, resume.
 VERSION_TESTS := $(wildcard tests/test_model*.py tests/test_lang*.py tests/test_step.py tests/test_optimizer.py \
 	tests/test_precision.py tests/test_sharding.py tests/test_distributed.py tests/test_train.py tests/test_dependencies.py)

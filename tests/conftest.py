@@ -19,6 +19,16 @@ AT_LENGTH = os.environ.get("OPEN_FLAMINGO_TEST_LENGTH") == "long"
 only_at_length = pytest.mark.skipif(not AT_LENGTH, reason="only at length: OPEN_FLAMINGO_TEST_LENGTH=long")
 
 
+# Fixtures that take half a minute: the tests of a module that use one go to the same pytest worker (`--dist loadgroup`).
+SLOW_FIXTURES = {"results", "undisturbed", "slurm"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 def cases(number: int) -> int:
     """So many cases of a test that tries many at length, and an eighth of them otherwise."""
     return number if AT_LENGTH else number // 8
