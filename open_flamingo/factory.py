@@ -123,7 +123,8 @@ def load_vision_encoder(
         name, preprocessing = find_config(path, cache_dir)
     brings_weights = path.startswith(backbones.OPEN_CLIP_SCHEMES)
     pretrained = pretrained or ""
-    is_file = backbones.is_file_name(pretrained)
+    with loading("clip_vision_encoder_pretrained", pretrained):
+        is_file = backbones.is_file_name(pretrained)
     if brings_weights and pretrained and not is_file:
         logger.info("%s brings its own weights: %r is not used", path, pretrained)
         pretrained = ""
