@@ -28,9 +28,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of broken images: errors are counted
 
 JPEG = b"\xff\xd8\xff"
-MAX_PIXELS = 2 * (
-    Image.MAX_IMAGE_PIXELS or 89_478_485
-)  # Pillow's limit, also for a JPEG that does not pass through Pillow
+# A decompression bomb for Pillow, and for us where a JPEG does not pass through Pillow.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 # Steps of a Compose that do nothing that is not done here anyway: to RGB, to a tensor.
 NEUTRAL = {"MaybeConvertMode", "MaybeToTensor", "ToTensor", "_convert_to_rgb"}
 ANTIALIASED = (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR)  # torch resizes bytes with these as Pillow does
@@ -59,9 +58,7 @@ class ImageSpec:
         else:
             size = list(self.resize)
         top, left = (round((new - crop) / 2.0) for new, crop in zip(size, self.crop))
-        channels_last = (
-            torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-        )  # no copy, and what the fast kernel takes
+        channels_last = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # no copy, and what the fast kernel takes
         whole = F.interpolate(channels_last, size, mode=self.interpolation.value, antialias=True)[0].numpy()
         return whole[:, top : top + self.crop[0], left : left + self.crop[1]]
 

@@ -20,8 +20,7 @@ from open_flamingo.train.data.tars import read_shard
 
 Cursor = tuple[int, int]
 
-# Broken samples in a row, or shards in a row that yield none, that show a wrong data set rather than bad luck.
-FAILURES_IN_A_ROW = 100
+FAILURES_IN_A_ROW = 100  # broken samples, or shards that yield none: a wrong data set rather than bad luck
 BUFFER_BYTES = 256 << 20  # of a lane's shuffle buffer; only large files come near it
 # What the randomness is for; the first element of each key, so that no two uses share numbers.
 PASS, DRAW, BUFFER, COIN, FLIP = range(5)
@@ -47,8 +46,7 @@ def _permutation(length: int, *key: object) -> np.ndarray:
 class ShardOrder:
     """Which shard comes when in which lane.
 
-    Without replacement: permutations of the list, one per pass, end to end; lane l takes entries l, l + lanes, …
-    With it (`resampled`): each draw on its own.
+    Permutations of the list, one per pass, end to end: lane l takes entries l, l + lanes, … Or each drawn on its own (`resampled`).
     """
 
     urls: tuple[str, ...]

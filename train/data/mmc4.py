@@ -105,20 +105,16 @@ class Mmc4Preparer:
             rows, places = linear_sum_assignment(-scores)
         except (IndexError, ValueError, TypeError) as error:  # a row too few, ragged, NaN
             raise SampleError("bad_similarity", str(error)) from error
-        candidates = list(usable.values())
-        matches = {
-            int(place): candidates[row]
-            for row, place in zip(rows, places)
-            if not scores[row, place] < self.textsim_threshold
-        }
-        if not matches:
+        is_similar = scores[rows, places] >= self.textsim_threshold
+        images = dict(zip(places[is_similar].tolist(), np.array(list(usable))[rows[is_similar]]))  # by sentence
+        if not images:
             raise Drop("no_match")
-        chosen = sorted(matches)[: self.max_num_images]
+        chosen = sorted(images)[: self.max_num_images]
         if chosen[-1] >= len(sentences):
             raise IndexError("the similarity matrix has more columns than there are sentences")
         # No space before <image> either: the parts are joined one by one.
         parts = [" ".join(sentences[start:end]) for start, end in pairwise([0, *chosen, len(sentences)])]
-        return parts, [matches[place] for place in chosen]
+        return parts, [usable[images[place]] for place in chosen]
 
     def _read_synthetic(self, document: dict[str, Any]) -> tuple[list[str], list[bytes]]:
         text, image_map = document["example"], document["image_map"]
@@ -132,10 +128,7 @@ class Mmc4Preparer:
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes of `text`; characters outside the alphabet are skipped, as the standard library does.
-
-    Raises SampleError if the padding is wrong.
-    """
+    """Skips characters outside the alphabet, as the standard library does. Raises SampleError if the padding is wrong."""
     if text.startswith("b'"):  # the reference's converter wrote `str(bytes)`
         text = text[2:].removesuffix("'")
     with suppress(ValueError):

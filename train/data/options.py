@@ -29,11 +29,10 @@ class DataOptions:
     mmc4_textsim_threshold: float = 30
     mmc4_max_num_images: int = 6
     mmc4_min_num_images: int = 1
-    # Undecoded samples held for shuffling, in each lane; None for 500 (LAION) or 32 (MMC4). Memory is lanes ÷ (ranks × workers) of
-    # these in each process.
-    shuffle_buffer: int | None = None
-    # Seconds that a batch may take before the worker waited for counts as hung. More than three times `streams.STALL`, so that a
-    # read that stalls is first tried again.
+    shuffle_buffer: int | None = (
+        None  # undecoded samples held for shuffling in each lane; None for `workers.SHUFFLE_BUFFER`
+    )
+    # Seconds that a batch may take before its worker counts as hung: three times `streams.STALL` and more, as reads are tried again.
     timeout: float = 450.0
     startup_timeout: float = 3600.0  # the same for the first batch, for which the workers fill their shuffle buffers
     rank: int = 0

@@ -18,8 +18,7 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 logger = logging.getLogger(__name__)
 
 NAMED_IN_ERRORS = 3  # missing files; the rest are counted
-# img2dataset leaves gaps in its numbers where a shard failed. More than this share missing is a wrong pattern or a lost disk.
-MAX_MISSING = 0.1
+MAX_MISSING = 0.1  # img2dataset leaves gaps where a shard failed; a larger share is a wrong pattern or a lost disk
 
 
 def expand_shards(spec: str) -> list[str]:

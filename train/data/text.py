@@ -33,10 +33,9 @@ class TextEncoder:
         for token, token_id in ((MEDIA_TOKEN, self.media_token_id), (EOC_TOKEN, self.eoc_token_id)):
             if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
                 raise ValueError(f"the tokenizer does not know {token}; create_model_and_transforms adds it")
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has no eos_token")
-        if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token")
+        for name in ("eos_token", "pad_token"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"the tokenizer has no {name}")
 
     def __call__(self, parts: list[str]) -> list[int]:
         """Ids of the text, at most `max_tokens`; a text that is cut has no `<|endofchunk|>` at its end."""

@@ -24,8 +24,7 @@ from open_flamingo.train.data.mmc4 import Mmc4Preparer
 from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.data.samples import DataError, Sample
 
-# Undecoded samples in the shuffle buffer of each open shard: about 10 MB (LAION images are some 20 KB, MMC4 documents some 300 KB).
-SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}
+SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}  # undecoded samples of each lane: about 10 MB (a document has some 300 KB)
 PREFETCH = 2  # batches that the workers are ahead
 KILL_WAIT = 5.0  # seconds; one that waits for a dead file server cannot even be killed
 PIPE_SIZE = 1 << 20  # bytes: the most that Linux grants everybody. Its default is 64 KiB, half an image.
