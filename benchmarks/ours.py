@@ -34,8 +34,8 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import build_parser
 from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
-from open_flamingo.train.checkpoint.saving import FileSaver
-from open_flamingo.train.checkpoint.sharded import ShardedSaver
+from open_flamingo.train.checkpoint.saving import FileWriter
+from open_flamingo.train.checkpoint.sharded import ShardedWriter
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.labels import laion_labels, mmc4_labels
 from open_flamingo.train.data.loader import Batch, build_loader
@@ -134,9 +134,9 @@ class Ours:
         ]
         self.trainer = Trainer(self.step_model, self.optimizer, self.sources, self.args.precision, scaler=self.scaler)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self._savers: dict[bool, Any] = {False: FileSaver(only_newest=False)}
+        self._writers: dict[bool, Any] = {False: FileWriter()}
         if args.group:
-            self._savers[True] = ShardedSaver(only_newest=False)
+            self._writers[True] = ShardedWriter()
 
     # ---------------------------------------------------------------- what is asked
 
@@ -241,15 +241,14 @@ class Ours:
         """Seconds that the loop stands still for a checkpoint, seconds until it is on disk, and its bytes."""
         shutil.rmtree(self.folder, ignore_errors=True)
         plan = Plan({"laion": 1}, {"laion": 10**6}, 1, {"laion": 1})
-        saver = self._savers[sharded]
         path = checkpoints.checkpoint_path(self.folder, Progress(1, 1), sharded)
         self._wait()
         start = time.perf_counter()
         state = resume_state(TrainState(self.args, self.world, plan, self.model, self.trainer, 16), Progress(1, 1))
-        saver.save(self.model, self.optimizer, state, path)
+        write = self._writers[sharded].start(self.model, self.optimizer, state, path)
         self._wait()
         standstill = time.perf_counter() - start
-        saver.finish()
+        write()
         done = time.perf_counter() - start
         files = path.rglob("*") if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files)

@@ -15,14 +15,15 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
 
     The two groups, and the order within them, are those of the reference, so its optimizer states can be read.
     """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in trained if "gated_cross_attn_layer" in name]
-    plain = [parameter for name, parameter in trained if "gated_cross_attn_layer" not in name]
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if "gated_cross_attn_layer" in name else plain).append(parameter)
     # `initial_lr` is for the reference, whose scheduler looks for it in a checkpoint.
-    shared = {"lr": learning_rate, "initial_lr": learning_rate}
+    rates = {"lr": learning_rate, "initial_lr": learning_rate}
     groups = [
-        {"params": decayed, "weight_decay": weight_decay, **shared},
-        {"params": plain, "weight_decay": 0.0, **shared},
+        {"params": decayed, "weight_decay": weight_decay, **rates},
+        {"params": plain, "weight_decay": 0.0, **rates},
     ]
     # Fused: one pass over all tensors; the same numbers on every run, which resuming bit for bit needs.
     return torch.optim.AdamW(groups, fused=True)
@@ -47,7 +48,7 @@ def clipping(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, sc
         del fused.grad_scale, fused.found_inf
 
 
-def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of the optimizer's parameters, in the order of its state dict's indices."""
+def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's parameters by name, in the order of its state dict's indices."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return {names[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}

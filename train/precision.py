@@ -12,6 +12,7 @@ Embeddings, norms and the output head are bfloat16 only in bf16; the loss is com
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,9 +25,8 @@ from open_flamingo.language_model import output_head
 # What autocast computes products in. (bf16 has no autocast: there, everything is in it to begin with.)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
 
-# Layers whose weights autocast would convert to the lower precision on every forward pass anyway. Holding their frozen
-# weights in it gives the same numbers for half the memory. Embeddings and norms are not among them: autocast computes
-# those in float32.
+# Layers whose weights autocast would convert to the lower precision on every forward pass anyway. Holding their frozen weights in
+# it gives the same numbers for half the memory. Embeddings and norms are not among them: autocast computes those in float32.
 _MATRIX_LAYERS = (nn.Linear, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 # Of the loss scale: where it starts, and after how many updates without an overflow it doubles. torch.amp's values.
@@ -54,35 +54,25 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def cast_frozen_weights(model: Flamingo, precision: str) -> None:
     """Casts the weights of `model`, in place, to what `precision` holds them in.
 
+    In bf16 that is all parameters, but of the buffers only the running statistics of batch norms: what else lies in buffers
+    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in.
+
     Under autocast, only frozen matrices are cast. A matrix that is also used in another way (an output head tied to the
     embeddings) stays as it is, and so does the output head, since checkpoints hold it.
     """
     if precision == "bf16":
-        _convert_everything(model, torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                module.to(torch.bfloat16)
     elif precision in _AUTOCAST:
-        _convert_frozen_matrices(model, _AUTOCAST[precision])
-
-
-def _convert_everything(model: nn.Module, dtype: torch.dtype) -> None:
-    """All parameters, but of the buffers only the running statistics of batch norms: what else lies in buffers
-    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in."""
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            module.to(dtype)
-
-
-def _convert_frozen_matrices(model: Flamingo, dtype: torch.dtype) -> None:
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
-    for module in model.modules():
-        if isinstance(module, _MATRIX_LAYERS) and module is not output_head(model.lang_encoder):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad and users[id(parameter)] == 1:
-                    parameter.data = parameter.data.to(dtype)
+        users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+        for module in model.modules():
+            if isinstance(module, _MATRIX_LAYERS) and module is not output_head(model.lang_encoder):
+                for parameter in module.parameters(recurse=False):
+                    if not parameter.requires_grad and users[id(parameter)] == 1:
+                        parameter.data = parameter.data.to(_AUTOCAST[precision])
 
 
 class LossScaler:
@@ -116,17 +106,12 @@ class LossScaler:
         self.skipped.add_(overflow)
 
     def state_dict(self) -> dict[str, float | int]:
-        """Waits for the device."""
-        return {
-            "scale": self.scale.item(),
-            "good_updates": int(self.good_updates.item()),
-            "skipped": int(self.skipped.item()),
-        }
+        """All attributes as numbers. Waits for the device."""
+        return {name: tensor.item() for name, tensor in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        self.scale.fill_(state["scale"])
-        self.good_updates.fill_(state["good_updates"])
-        self.skipped.fill_(state["skipped"])
+        for name, tensor in vars(self).items():
+            tensor.fill_(state[name])
 
 
 def build_loss_scaler(precision: str, device: torch.device) -> LossScaler | None:

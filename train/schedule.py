@@ -48,8 +48,7 @@ class Plan:
         batches_per_update = world_size * args.gradient_accumulation_steps
         sizes = {kind: getattr(args, f"batch_size_{kind}") * batches_per_update for kind in kinds}
         samples = {kind: getattr(args, f"train_num_samples_{kind}") for kind in kinds}
-        schedule = (args.learning_rate, args.lr_scheduler, args.warmup_steps)
-        return cls(sizes, samples, args.num_epochs, sizes, *schedule)
+        return cls(sizes, samples, args.num_epochs, sizes, args.learning_rate, args.lr_scheduler, args.warmup_steps)
 
     def _updates_per_epoch(self, size: dict[str, int]) -> int:
         return max(1, min(self.samples_per_epoch[kind] // size[kind] for kind in size))
@@ -68,10 +67,10 @@ class Plan:
         return 0 if epochs <= 0 else (epochs - 1) * self.updates_per_epoch + self._updates_left_in_epoch(progress)
 
     def after_update(self, progress: Progress) -> Progress:
-        step, epoch = progress.step + 1, progress.epoch
         if self._updates_left_in_epoch(progress) == 1:
-            return Progress(step, epoch + 1)
-        return Progress(step, epoch, {k: progress.samples.get(k, 0) + n for k, n in self.samples_per_update.items()})
+            return Progress(progress.step + 1, progress.epoch + 1)
+        samples = {kind: progress.samples.get(kind, 0) + size for kind, size in self.samples_per_update.items()}
+        return Progress(progress.step + 1, progress.epoch, samples)
 
     def epochs_done(self, progress: Progress) -> float:
         left = self._updates_left_in_epoch(progress) / self.updates_per_epoch if progress.samples else 1.0

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from open_flamingo.train.checkpoint import files
-from open_flamingo.train.checkpoint.sharded import MOMENTS, TensorReader, check, first_line
+from open_flamingo.train.checkpoint.sharded import MOMENTS, TensorReader, check, read
 from open_flamingo.weights import ROWS
 
 
@@ -24,24 +21,17 @@ def to_file(folder: Path, file: Path) -> None:
     Raises ValueError, naming the folder, where it is damaged or cannot be read.
     """
     checkpoint = files.load(folder)
-    reader = TensorReader(folder)
     check(folder)
     files.verify(folder)
-    try:
-        tensors: dict[str, Any] = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-            for key, entry in reader.read_metadata().state_dict_metadata.items()
-        }
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as error:
-        raise ValueError(f"{folder} cannot be read: {first_line(error)}") from error
+    entries = TensorReader(folder).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}  # type: ignore[union-attr]
+    read(folder, tensors)
 
     layout = checkpoint.pop("layout")
     weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
     for matrix in (layout["embedding"], layout["head"]):
-        if matrix is None or (rows := weights.pop(matrix.removesuffix(".weight") + ROWS, None)) is None:
-            continue
-        weights[matrix][layout["new_ids"]] = rows.to(weights[matrix].dtype)
+        if matrix is not None and (rows := weights.pop(matrix.removesuffix(".weight") + ROWS, None)) is not None:
+            weights[matrix][layout["new_ids"]] = rows.to(weights[matrix].dtype)
     if layout["tied"] and layout["head"] is not None:
         weights[layout["head"]] = weights[layout["embedding"]]
     names = checkpoint["optimizer_parameter_names"]
