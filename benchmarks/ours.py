@@ -34,8 +34,8 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import build_parser
 from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
-from open_flamingo.train.checkpoint.saving import FileWriter
-from open_flamingo.train.checkpoint.sharded import ShardedWriter
+from open_flamingo.train.checkpoint.saving import start_file
+from open_flamingo.train.checkpoint.sharded import start_sharded
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.labels import laion_labels, mmc4_labels
 from open_flamingo.train.data.loader import Batch, build_loader
@@ -134,9 +134,9 @@ class Ours:
         ]
         self.trainer = Trainer(self.step_model, self.optimizer, self.sources, self.args.precision, scaler=self.scaler)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self._writers: dict[bool, Any] = {False: FileWriter()}
+        self._savers: dict[bool, Any] = {False: functools.partial(start_file, {})}
         if args.group:
-            self._writers[True] = ShardedWriter()
+            self._savers[True] = functools.partial(start_sharded, torch.distributed.new_group(backend="gloo"))
 
     # ---------------------------------------------------------------- what is asked
 
@@ -245,7 +245,7 @@ class Ours:
         self._wait()
         start = time.perf_counter()
         state = resume_state(TrainState(self.args, self.world, plan, self.model, self.trainer, 16), Progress(1, 1))
-        write = self._writers[sharded].start(self.model, self.optimizer, state, path)
+        write = self._savers[sharded](self.model, self.optimizer, state, path)
         self._wait()
         standstill = time.perf_counter() - start
         write()

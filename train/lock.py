@@ -46,15 +46,13 @@ def run_lock(folder: Path) -> Iterator[None]:
         raise ValueError(f"another run has just begun in {folder}: see {path}") from error
 
     def refresh() -> None:
-        beat = 0
         while not over.wait(REFRESH):
             owner = _read(path)
             if path.exists() and not process.items() <= owner.items():
                 log.error("%s: %s, process %s, has taken this run's folder", path, owner.get("host"), owner.get("pid"))
                 return
-            beat += 1
             with suppress(OSError):  # a full disk, a folder that is gone: the next checkpoint tells
-                path.write_text(json.dumps(lock | {"beat": beat}))
+                path.write_text(json.dumps(lock | {"beat": time.monotonic()}))
 
     over = threading.Event()
     thread = threading.Thread(target=refresh, name="run lock", daemon=True)

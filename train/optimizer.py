@@ -21,12 +21,9 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float)
             (decayed if "gated_cross_attn_layer" in name else plain).append(parameter)
     # `initial_lr` is for the reference, whose scheduler looks for it in a checkpoint.
     rates = {"lr": learning_rate, "initial_lr": learning_rate}
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay, **rates},
-        {"params": plain, "weight_decay": 0.0, **rates},
-    ]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     # Fused: one pass over all tensors; the same numbers on every run, which resuming bit for bit needs.
-    return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.AdamW([group | rates for group in groups], fused=True)
 
 
 @contextmanager

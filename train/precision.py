@@ -76,22 +76,18 @@ def cast_frozen_weights(model: Flamingo, precision: str) -> None:
 
 
 class LossScaler:
-    """Keeps the gradients of a float16 backward pass within its range: the loss is multiplied by a scale, which halves
-    when a gradient overflows and doubles after `GROWTH_INTERVAL` updates in which none did.
+    """Keeps the gradients of a float16 backward pass within its range: the loss is multiplied by a scale, which halves when a
+    gradient overflows and doubles after `GROWTH_INTERVAL` updates in which none did.
 
-    torch.amp.GradScaler's rule, but decided by the global gradient norm. That is one number for all ranks and however
-    the gradients are sharded (an overflow on any rank makes it infinite or not a number), so all skip the same updates.
-    All of it stays on the device: the loop never waits for it.
-
-    Attributes:
-        scale: float32 [].
-        good_updates: since the scale last changed, int32 [].
-        skipped: updates that changed no weight because a gradient overflowed, since the run began, int32 [].
+    torch.amp.GradScaler's rule, but decided by the global gradient norm. That is one number for all ranks and however the gradients
+    are sharded (an overflow on any rank makes it infinite or not a number), so all skip the same updates. All of it stays on the
+    device: the loop never waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.tensor(INITIAL_SCALE, device=device)
-        self.good_updates = torch.zeros((), dtype=torch.int32, device=device)
+        self.good_updates = torch.zeros((), dtype=torch.int32, device=device)  # since the scale last changed
+        # Updates that changed no weight because a gradient overflowed, since the run began.
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
 
     @torch.no_grad()

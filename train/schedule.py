@@ -9,34 +9,22 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        step: updates done, of whatever size; it never goes back.
-        epoch: epochs finished.
-        samples: of each dataset, all ranks together, since then.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    samples: dict[str, int] = field(default_factory=dict)
+    step: int = 0  # updates done, of whatever size; it never goes back
+    epoch: int = 0  # epochs finished
+    samples: dict[str, int] = field(default_factory=dict)  # of each dataset since then, all ranks together
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a run, and its learning rate schedule.
-
-    Attributes:
-        samples_per_update: of each dataset, all ranks together.
-        samples_per_epoch: of each dataset, from the flags; an epoch is as many whole updates as fit, at least one.
-        schedule_unit: the samples per update with which the run began. Warm-up and schedule are counted in updates of
-            this size, so that they stay where they were in the data.
-        learning_rate, lr_scheduler, warmup_steps: the flags.
-    """
+    """The length of a run, and its learning rate schedule. Samples are counted per dataset, all ranks together."""
 
     samples_per_update: dict[str, int]
-    samples_per_epoch: dict[str, int]
+    samples_per_epoch: dict[str, int]  # of the flags; an epoch is as many whole updates as fit, at least one
     num_epochs: int
+    # The samples per update with which the run began. Warm-up and schedule count updates of this size, so as to stay where they
+    # were in the data.
     schedule_unit: dict[str, int]
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant"
@@ -88,8 +76,7 @@ class Plan:
 def learning_rate(name: str, base: float, position: float, warmup: float, total: float) -> float:
     """The rate of the update after `position`: it rises linearly from 0 to `base`, then follows the shape `name`.
 
-    Args:
-        position, warmup, total: in updates of `Plan.schedule_unit`; a position need not be whole.
+    `position`, `warmup` and `total` are in updates of `Plan.schedule_unit`; a position need not be whole.
     """
     if position < warmup:
         return base * position / warmup

@@ -1,7 +1,4 @@
-"""Makes a checkpoint of one file of a sharded one, as --checkpoint_format file would have written.
-
-python -m open_flamingo.train.sharded FOLDER FILE
-"""
+"""Makes a checkpoint of one file of a sharded one: `python -m open_flamingo.train.sharded FOLDER FILE`."""
 
 from __future__ import annotations
 
@@ -9,23 +6,25 @@ import argparse
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from open_flamingo.train.checkpoint import files
-from open_flamingo.train.checkpoint.sharded import MOMENTS, TensorReader, check, read
+from open_flamingo.train.checkpoint.sharded import MOMENTS, TensorReader, reading
 from open_flamingo.weights import ROWS
 
 
 def to_file(folder: Path, file: Path) -> None:
-    """Makes a checkpoint of one file of a sharded one. Needs neither the model nor more than one process.
+    """Writes to `file` what --checkpoint_format file would have written. Needs neither the model nor more than one process.
 
     Raises ValueError, naming the folder, where it is damaged or cannot be read.
     """
     checkpoint = files.load(folder)
-    check(folder)
+    with reading(folder):
+        entries = TensorReader(folder).read_metadata().state_dict_metadata
     files.verify(folder)
-    entries = TensorReader(folder).read_metadata().state_dict_metadata
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}  # type: ignore[union-attr]
-    read(folder, tensors)
+    with reading(folder):
+        dcp.load(tensors, storage_reader=TensorReader(folder))
 
     layout = checkpoint.pop("layout")
     weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}

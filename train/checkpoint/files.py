@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from open_flamingo.train.schedule import Progress
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"(?:checkpoint_(\d+)|epoch_(\d+)_step_(\d+))(?:\.pt)?")
+_NAME = re.compile(r"(checkpoint_\d+|epoch_\d+_step_\d+)(\.pt)?")
 KEEP_WITHIN_EPOCH = 2
 SUMS = "SHA256SUMS"  # of a sharded checkpoint's folder, the checksums of all other files
 
@@ -42,7 +43,7 @@ def first_line(error: BaseException) -> str:
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes `checkpoint` so that `path` is at every moment either the old file, absent, or the new one whole.
 
-    Raises OSError where there is no room, or no way to write.
+    Raises OSError where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -65,11 +66,9 @@ def sums(folder: Path, names: Iterable[str]) -> str:
 
 
 def verify(path: Path) -> None:
-    """Compares what lies on disk with the checksums that were stored when it was written.
+    """Raises ValueError, naming the file, where what lies on disk is not what was written, by the checksums that were stored with it.
 
-    A file's are those of a zip archive, of which `torch.save` makes an entry of each tensor. Files of before torch 1.6 have none.
-
-    Raises ValueError, naming the file, where a byte has changed or is missing.
+    A file's are those of a zip archive, in which each tensor is an entry. Files of before torch 1.6 have none.
     """
     wrong = None
     try:
@@ -110,24 +109,20 @@ def load(path: Path) -> dict[str, Any]:
 
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, the furthest trained first."""
-    found: list[tuple[int, int, Path]] = []
-    for path in folder.glob("*"):
-        if match := _NAME.fullmatch(path.name):
-            finished, epoch, step = match.groups()
-            found.append((int(epoch), int(step), path) if finished is None else (int(finished) + 1, 0, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+    found = {path: re.findall(r"\d+", path.name) for path in folder.glob("*") if _NAME.fullmatch(path.name)}
+    # An epoch's end is after all updates within it.
+    return sorted(found, key=lambda path: ([*map(int, found[path]), math.inf], path.name), reverse=True)
 
 
-def newest_readable(folder: Path, started_from: tuple[str, ...] | None = None) -> tuple[Path, dict[str, Any]] | None:
+def newest_readable(folder: Path, started_from: Collection[str] = ()) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of `folder`, with its path; what cannot be read is named and skipped.
 
-    Args:
-        started_from: where given, only those of a run that began with one of these.
+    `started_from`: only those of a run that began with one of these, if given.
     """
     for path in newest_first(folder):
         try:
             checkpoint = load(path)
-            if started_from is None or checkpoint.get("started_from") in started_from:
+            if not started_from or checkpoint.get("started_from") in started_from:
                 verify(path)
                 return path, checkpoint
         except ValueError as error:
@@ -145,8 +140,8 @@ def fingerprint(path: Path) -> str:
 
 
 def set_aside(folder: Path, start: Path | None) -> None:
-    """Moves the checkpoints of `folder` that are further than `start`, one of them, to a folder of their own; all of them where
-    `start` is not one of them: the run that begins is another one, and its checkpoints would be mistaken for older ones."""
+    """Moves the checkpoints of `folder` that do not lead to `start` to a folder of their own: those that are further, or all where it
+    is not one of them. Those of the run that begins there would be taken for older ones."""
     later = newest_first(folder)
     if start is not None and start.resolve() in (found := [path.resolve() for path in later]):
         later = later[: found.index(start.resolve())]
@@ -163,8 +158,8 @@ def set_aside(folder: Path, start: Path | None) -> None:
 
 
 def prune(folder: Path, newest: Path, only_newest: bool) -> None:
-    """Deletes what `newest`, now safe on disk, makes superfluous: all others if `only_newest`, else the within-epoch
-    ones but for the newest two. Half-written files of a killed run go too."""
+    """Deletes what `newest`, now safe on disk, makes superfluous: all others if `only_newest`, else those within epochs but for the
+    newest two. Half-written ones of a killed run go too."""
     older = newest_first(folder)
     if not only_newest:
         older = [path for path in older if path.name.startswith("epoch_")][KEEP_WITHIN_EPOCH:]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from open_flamingo import Flamingo
 from open_flamingo.train.arguments import DATA_FLAGS, MODEL_FLAGS
@@ -38,21 +39,15 @@ _PACKAGES = ("open_flamingo", "torch", "transformers", "open_clip_torch", "webda
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint is made of.
-
-    Attributes:
-        model: not wrapped.
-        lanes: see `data.loader.resolve_lanes`.
-        started_from: the fingerprint of the checkpoint that the run began with, if it began with one.
-    """
+    """What a checkpoint is made of."""
 
     args: argparse.Namespace
     world: World
     plan: Plan
-    model: Flamingo
+    model: Flamingo  # not wrapped
     trainer: Trainer
-    lanes: int
-    started_from: str | None = None
+    lanes: int  # see `data.options.resolve_lanes`
+    started_from: str | None = None  # the fingerprint of the checkpoint that the run began with, if it began with one
 
 
 @dataclass
@@ -64,7 +59,7 @@ class ResumePoint:
     lanes: int | None = None  # of the run that is continued
     checkpoint: dict[str, Any] | None = None
     path: Path | None = None
-    started_from: str | None = None  # the fingerprint of the checkpoint that the run began with, if it began with one
+    started_from: str | None = None  # see `TrainState`
     is_new_run: bool = True  # it does not go on from a checkpoint of its own
 
 
@@ -78,10 +73,7 @@ def resume_state(state: TrainState, progress: Progress) -> dict[str, Any] | None
     random_states = gather_objects({"cpu": torch.get_rng_state(), "cuda": cuda_state})
     if not state.world.is_main:
         return None
-    data = {}
-    for kind, batch in batches.items():
-        lanes_read = {lane: cursor for rank in cursors for lane, cursor in rank[kind].items()}
-        data[kind] = LoaderState(batch.samples, lanes_read).to_json()
+    lanes_read = {kind: {lane: at for rank in cursors for lane, at in rank[kind].items()} for kind in batches}
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):  # run from a checkout that is not installed
@@ -104,7 +96,7 @@ def resume_state(state: TrainState, progress: Progress) -> dict[str, Any] | None
         "updates_per_epoch": plan.updates_per_epoch,
         "samples_per_update": plan.samples_per_update,
         "schedule_unit": plan.schedule_unit,
-        "data": data,
+        "data": {kind: LoaderState(batch.samples, lanes_read[kind]).to_json() for kind, batch in batches.items()},
         "data_lanes": state.lanes,
         "shards": {dataset.kind: shards_digest(dataset.loader.urls) for dataset in trainer.datasets},
         "random_states": random_states,
@@ -115,11 +107,10 @@ def resume_state(state: TrainState, progress: Progress) -> dict[str, Any] | None
 
 
 def find_start(args: argparse.Namespace, plan: Plan) -> tuple[ResumePoint, Plan]:
-    """Finds the checkpoint to go on from, if there is one, and checks that this run can; and the plan, on the schedule of the run
-    that goes on.
+    """Where the run goes on, and its plan on the schedule of the run that is continued.
 
-    The newest of the run's folder, or --resume_from_checkpoint: but a run that was started with that flag, and is started again
-    with it, goes on from its own newest checkpoint.
+    That is the newest checkpoint of its folder, or --resume_from_checkpoint: but a run that was started with that flag, and is
+    started again with it, goes on from its own newest.
 
     Raises ValueError, naming the difference, where the checkpoint is of another model or other data.
     """
@@ -152,26 +143,21 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[ResumePoint, Plan]
     if unit.keys() == plan.schedule_unit.keys():
         plan = replace(plan, schedule_unit=unit)
     if saved_size != plan.samples_per_update:
-        log.warning(
-            "an update was %s samples and is now %s: epochs, warm-up and schedule go on from the same samples",
-            *(saved_size, plan.samples_per_update),
-        )
+        message = "an update was %s samples and is now %s: epochs, warm-up and schedule go on from the same samples"
+        log.warning(message, saved_size, plan.samples_per_update)
     log.info("resuming from %s after update %d", path, start.progress.step)
     return start, plan
 
 
 def check_shard_lists(args: argparse.Namespace, start: ResumePoint, shards: dict[str, Any]) -> None:
     """Compares `shards`, the list of URLs of each dataset, with what the checkpoint of `start` was trained on: its cursors count in
-    that list. Where the flags were found to differ already, there is nothing to compare.
-
-    Raises ValueError where shards have come or gone since, unless --allow_changed_flags: then the data start from the beginning.
-    """
+    that list. (Where the flags differed already, `start` has no data.) Raises ValueError as `find_start` does."""
     if start.checkpoint is None or not start.data:
         return
     saved = start.checkpoint.get("shards", {})
+    advice = "files have come or gone, or a list was edited; put them back as they were"
     changes = [
-        f"--{kind}_shards found {saved[kind]} and now finds {digest}: files have come or gone, or a list was edited; put them back "
-        "as they were"
+        f"--{kind}_shards found {saved[kind]} and now finds {digest}: {advice}"
         for kind, urls in shards.items()
         if kind in saved and saved[kind] != (digest := shards_digest(urls))
     ]
@@ -221,11 +207,8 @@ def _reject_changes(
 
 
 def restore_model(start: ResumePoint, model: Flamingo) -> None:
-    """Puts the weights of `start` into the model, before it is spread over the ranks; rank 0 alone needs to. Those of a sharded
-    checkpoint come later, with the optimizer's state.
-
-    Raises ValueError, naming the parameter, where the checkpoint is of another model.
-    """
+    """Puts the weights of `start` into the model, before it is spread over the ranks; rank 0 alone needs to. (Those of a sharded
+    checkpoint come with the optimizer's state.) Raises ValueError, naming the parameter, where they are of another model."""
     if start.checkpoint is None or "model_state_dict" not in start.checkpoint:
         return
     incompatible = model.load_state_dict(start.checkpoint["model_state_dict"], strict=False)
@@ -238,17 +221,10 @@ def restore_model(start: ResumePoint, model: Flamingo) -> None:
 
 
 def restore_optimizer(
-    start: ResumePoint,
-    world: World,
-    model: Flamingo,
-    optimizer: torch.optim.Optimizer,
-    scaler: LossScaler | None = None,
+    start: ResumePoint, world: World, model: Flamingo, optimizer: Optimizer, scaler: LossScaler | None
 ) -> None:
     """Puts the state of `start` into the optimizer, the loss scaler and the random generators of this rank; and, of a sharded
-    checkpoint, the weights.
-
-    Raises ValueError, naming the parameter, where the checkpoint's optimizer trains other parameters.
-    """
+    checkpoint, the weights. Raises ValueError, naming the parameter, where the checkpoint's optimizer trains other parameters."""
     checkpoint = start.checkpoint
     if checkpoint is None or start.path is None:
         return
@@ -277,33 +253,29 @@ def restore_optimizer(
             torch.cuda.set_rng_state(random_state["cuda"])
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, moments: dict[int, dict[str, Any]]) -> None:
-    """Loads copies of whole moments, by parameter's index, or of this rank's part of them. All settings stay those of the flags."""
+def _load_moments(optimizer: Optimizer, moments: dict[int, dict[str, Any]]) -> None:
+    """Loads copies of whole `moments`, by parameter's index, each sharded as its parameter is. All settings stay those of the flags."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
-        index: {key: _shard_like(torch.as_tensor(value), parameters[index]) for key, value in of.items()}
-        for index, of in moments.items()
-    }
+    state: dict[int, dict[str, torch.Tensor]] = {index: {} for index in moments}
+    for index, of in moments.items():
+        for key, value in of.items():
+            parameter = parameters[index]
+            # On the CPU a copy of what is mapped from the file; to a GPU it goes straight from there.
+            moment = torch.as_tensor(value).to(parameter.device, copy=True)
+            if isinstance(parameter, DTensor) and moment.ndim > 0:  # the number of steps is never sharded
+                # Every rank has the file, and takes its own part of it: nothing is sent.
+                moment = distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            state[index][key] = moment
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _shard_like(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a whole `moment`, sharded as its parameter is. (The number of steps, a scalar, never is.)"""
-    if not isinstance(parameter, DTensor) or moment.ndim == 0:
-        # On the CPU a copy of what is mapped from the file; to a GPU it goes straight from there.
-        return moment.to(parameter.device, copy=True)
-    # Every rank has the file, and takes its own part of it: nothing is sent.
-    moment = moment.to(parameter.device)
-    return distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
 def _moments_of_reference(
-    theirs: dict[str, Any], model: Flamingo, optimizer: torch.optim.Optimizer
+    theirs: dict[str, Any], model: Flamingo, optimizer: Optimizer
 ) -> dict[int, dict[str, Any]] | None:
     """The moments of the reference's AdamW for our parameters, or None where they are not of this model.
 
-    The reference numbers parameters as `build_optimizer` does. It trains the whole embedding matrix with the gradient of other rows
-    than the new ones set to zero, so the moments of our rows are rows of its moments.
+    It numbers parameters as `build_optimizer` does. It trains the whole embedding matrix, with the gradient of other rows than the
+    new ones set to zero: the moments of our rows are rows of its moments.
     """
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != [len(group["params"]) for group in theirs.get("param_groups", ())]:

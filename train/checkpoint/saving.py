@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied
 from open_flamingo.train.checkpoint import files
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
-from open_flamingo.train.checkpoint.sharded import ShardedWriter
+from open_flamingo.train.checkpoint.sharded import start_sharded
 from open_flamingo.train.distributed import raise_on_all_ranks
 from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.health import check_finite
@@ -35,22 +37,22 @@ class Checkpoints:
     Args:
         ask_to_stop: called at once, on rank 0, when a checkpoint could not be written and --save_errors is stop.
         upload: called with each file that is on disk.
-
-    Attributes:
-        problem: why the last checkpoint could not be written, None if it was.
     """
 
     def __init__(
         self, state: TrainState, watchdog: Watchdog, ask_to_stop: Callable[[], None], upload: Callable[[Path], None]
     ) -> None:
-        self.problem: str | None = None
+        self.problem: str | None = None  # why the last one could not be written
         self._state = state
         self._watchdog = watchdog
         self._ask_to_stop = ask_to_stop
         self._upload = upload
         self._stops = state.args.save_errors == "stop"
         self._is_sharded = state.args.checkpoint_format == "sharded"
-        self._writer: FileWriter | ShardedWriter = ShardedWriter() if self._is_sharded else FileWriter()
+        # Sharded, with a process group of their own: the training goes on using the other.
+        self._start = (
+            partial(start_sharded, dist.new_group(backend="gloo")) if self._is_sharded else partial(start_file, {})
+        )
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
 
@@ -66,8 +68,8 @@ class Checkpoints:
             group["lr"] = state.plan.rate_after(progress)  # of the next update, as the reference saves it
         contents = resume_state(state, progress)
         with self._save_errors():
-            if (write := self._writer.start(state.model, optimizer, contents, path)) is not None:
-                self._written = self._thread.submit(self._write, write, path)
+            write = self._start(state.model, optimizer, contents, path)
+            self._written = self._thread.submit(self._write, write, path)
 
     def _write(self, write: Callable[[], None], path: Path) -> None:
         try:
@@ -109,48 +111,40 @@ class Checkpoints:
             log.warning("%s; training goes on (--save_errors warn)", self.problem)
 
 
-class FileWriter:
-    """Writes checkpoints of one file, one at a time. Every rank makes one, and makes the same calls.
+def start_file(
+    copies: dict[str, Tensor], model: Flamingo, optimizer: Optimizer, state: dict[str, Any] | None, path: Path
+) -> Callable[[], None]:
+    """Copies the tensors of a checkpoint of one file to memory of the host; training stands still until then. Every rank calls this.
 
-    Rank 0 copies the tensors into memory of the host, which it keeps for the next checkpoint: on a GPU, page-locked memory.
+    Args:
+        copies: that memory, by name, as the checkpoint before has left it; empty for the first.
+        state: what is not a tensor, on rank 0; None on others.
+
+    Returns:
+        what writes the file, in the background, and raises OSError where it cannot
     """
 
-    def __init__(self) -> None:
-        self._copies: dict[str, Tensor] = {}
-
-    def start(
-        self, model: Flamingo, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path
-    ) -> Callable[[], None] | None:
-        """Returns once the tensors are copied; training stands still until then.
-
-        Args:
-            state: what is not a tensor, on rank 0; None on others.
-
-        Returns:
-            what writes the checkpoint, in the background, and raises OSError where it cannot; None where another rank does it.
-        """
-        # Sharded tensors are gathered one at a time: other ranks than 0 take part, and keep nothing.
-        keep: Callable[[str, Tensor], Tensor | None] = self._copy if state is not None else lambda name, tensor: None
-        tied = head_name(model) if heads_are_tied(model.lang_encoder) else None
-        tensors = trained_tensors(model, full_tensor)
-        weights = {name: keep(f"model/{name}", tensor) for name, tensor in tensors if name != tied}
-        if tied is not None:
-            weights[tied] = weights[embedding_name(model)]  # stored once
-        optimizer_state = optimizer.state_dict()
-        for index, moments in optimizer_state["state"].items():
-            kept = {key: keep(f"optimizer/{index}/{key}", full_tensor(value)) for key, value in moments.items()}
-            optimizer_state["state"][index] = kept
-        if state is None:
+    def copy(name: str, tensor: Tensor) -> Tensor | None:
+        if state is None:  # sharded tensors are gathered one at a time: other ranks than 0 take part, and keep nothing
             return None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # until the copies are there
-        checkpoint = state | {"model_state_dict": weights, "optimizer_state_dict": optimizer_state}
-        return partial(files.save, checkpoint, path)
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._copies:
+        if name not in copies:
             try:
-                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             except RuntimeError:  # the machine has a limit of page-locked memory
-                self._copies[name] = torch.empty_like(tensor, device="cpu")
-        return self._copies[name].copy_(tensor, non_blocking=True)
+                copies[name] = torch.empty_like(tensor, device="cpu")
+        return copies[name].copy_(tensor, non_blocking=True)
+
+    tied = head_name(model) if heads_are_tied(model.lang_encoder) else None
+    tensors = trained_tensors(model, full_tensor)
+    weights = {name: copy(f"model/{name}", tensor) for name, tensor in tensors if name != tied}
+    if tied is not None:
+        weights[tied] = weights[embedding_name(model)]  # stored once
+    optimizer_state = optimizer.state_dict()
+    for index, moments in optimizer_state["state"].items():
+        copied = {key: copy(f"optimizer/{index}/{key}", full_tensor(value)) for key, value in moments.items()}
+        optimizer_state["state"][index] = copied
+    if state is None:
+        return lambda: None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # until the copies are there
+    return partial(files.save, state | {"model_state_dict": weights, "optimizer_state_dict": optimizer_state}, path)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.optim import Optimizer
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied, input_embedding
 from open_flamingo.train.checkpoint import SHARDED_STATE, files
-from open_flamingo.train.distributed import raise_on_all_ranks, run_on_rank0
+from open_flamingo.train.distributed import raise_on_all_ranks
 from open_flamingo.train.optimizer import trained_parameters
 from open_flamingo.weights import embedding_name, head_name, saved_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _tensors(model: Flamingo, optimizer: torch.optim.Optimizer, only_trained: bool) -> dict[str, Tensor]:
+def _tensors(model: Flamingo, optimizer: Optimizer, only_trained: bool) -> dict[str, Tensor]:
     """Name in the checkpoint → tensor, or this rank's part of it."""
     tensors = {
         f"model/{name}": parameter.detach()
@@ -50,65 +49,58 @@ def _tensors(model: Flamingo, optimizer: torch.optim.Optimizer, only_trained: bo
     return tensors
 
 
-class ShardedWriter:
-    """Writes sharded checkpoints, one at a time. Every rank makes one, and makes the same calls."""
+def start_sharded(
+    group: Any, model: Flamingo, optimizer: Optimizer, state: dict[str, Any] | None, path: Path
+) -> Callable[[], None]:
+    """Copies this rank's part of the tensors to host memory, and starts to write it: see `saving.start_file`.
 
-    def __init__(self) -> None:
-        self._group: Any = dist.new_group(backend="gloo")  # the training goes on using its own
+    Raises OSError, on every rank, where the folder cannot be made.
+    """
+    beside = path.with_name(f".{path.name}.saving")
+    with raise_on_all_ranks():  # also a barrier
+        if state is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            layout = {  # what making one file needs to know
+                "embedding": embedding_name(model),
+                "head": head_name(model),
+                "tied": heads_are_tied(model.lang_encoder),
+                "new_ids": input_embedding(model.lang_encoder).new_ids.tolist(),  # type: ignore[operator]
+                "param_groups": optimizer.state_dict()["param_groups"],
+            }
+            files.save(state | {"layout": layout}, beside / SHARDED_STATE)
+    tensors = _tensors(model, optimizer, only_trained=False)
+    written: Any = dcp.async_save(tensors, storage_writer=ChecksumWriter(beside), process_group=group)
 
-    def start(
-        self, model: Flamingo, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path
-    ) -> Callable[[], None]:
-        """Copies this rank's part of the tensors to host memory, and starts to write it: see `saving.FileWriter.start`.
+    def finish() -> None:
+        try:
+            written.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise OSError(files.first_line(error)) from error
+        if state is not None:
+            parts = sorted(beside.glob(f"{files.SUMS}.*"))
+            lines = [*(part.read_text() for part in parts), files.sums(beside, (".metadata", SHARDED_STATE))]
+            (beside / files.SUMS).write_text("".join(lines))
+            for part in parts:
+                part.unlink()
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was told to start from an earlier one
+            os.replace(beside, path)
 
-        Raises OSError, on every rank, where the folder cannot be made.
-        """
-        beside = path.with_name(f".{path.name}.saving")
-        with raise_on_all_ranks():  # also a barrier
-            if state is not None:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
-                layout = {  # what making one file needs to know
-                    "embedding": embedding_name(model),
-                    "head": head_name(model),
-                    "tied": heads_are_tied(model.lang_encoder),
-                    "new_ids": input_embedding(model.lang_encoder).new_ids.tolist(),  # type: ignore[operator]
-                    "param_groups": optimizer.state_dict()["param_groups"],
-                }
-                files.save(state | {"layout": layout}, beside / SHARDED_STATE)
-        tensors = _tensors(model, optimizer, only_trained=False)
-        written = dcp.async_save(tensors, storage_writer=ChecksumWriter(beside), process_group=self._group)
-        assert isinstance(written, Future)
-
-        def finish() -> None:
-            try:
-                written.result()
-            except (CheckpointException, OSError, RuntimeError) as error:
-                raise OSError(files.first_line(error)) from error
-            if state is not None:
-                parts = sorted(beside.glob(f"{files.SUMS}.*"))
-                lines = [*(part.read_text() for part in parts), files.sums(beside, (".metadata", SHARDED_STATE))]
-                (beside / files.SUMS).write_text("".join(lines))
-                for part in parts:
-                    part.unlink()
-                shutil.rmtree(path, ignore_errors=True)  # of a run that was told to start from an earlier one
-                os.replace(beside, path)
-
-        return finish
+    return finish
 
 
 class ChecksumWriter(dcp.FileSystemWriter):
     """Each rank also writes the checksums of its own files: rank 0 would have to read those of all, over the network."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        written = super().write_data(*args, **kwargs)
         names = sorted({result.storage_data.relative_path for result in written.wait()})
         part = Path(self.path) / f"{files.SUMS}.{dist.get_rank()}"
         part.write_text(files.sums(part.parent, names))
         return written
 
 
-def load(path: Path, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
+def load(path: Path, model: Flamingo, optimizer: Optimizer) -> None:
     """Loads trained weights and moments in place, each rank its part, however many ranks wrote them.
 
     Raises ValueError, naming the folder, where it cannot be read or is of another model.
@@ -116,22 +108,17 @@ def load(path: Path, model: Flamingo, optimizer: torch.optim.Optimizer) -> None:
     for parameter in trained_parameters(model, optimizer).values():
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    run_on_rank0(check, path)  # before torch tries, which reports what it cannot read at length
-    read(path, _tensors(model, optimizer, only_trained=True))
+    with raise_on_all_ranks(), reading(path):  # before torch tries, which reports what it cannot read at length
+        TensorReader(path).read_metadata()
+    with reading(path):
+        dcp.load(_tensors(model, optimizer, only_trained=True), storage_reader=TensorReader(path))
 
 
-def check(folder: Path) -> None:
-    """Raises ValueError, naming the folder, where it does not hold tensors that are described as they should."""
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raises ValueError, naming the folder, where what is within cannot read it."""
     try:
-        TensorReader(folder).read_metadata()
-    except Exception as error:
-        raise ValueError(f"{folder} cannot be read: {files.first_line(error)}") from error
-
-
-def read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Reads into `tensors`. Raises ValueError, naming the folder, where it does not hold them."""
-    try:
-        dcp.load(tensors, storage_reader=TensorReader(folder))
+        yield
     except (Exception, CheckpointException) as error:  # broken bytes make torch raise almost anything
         raise ValueError(f"{folder} cannot be read, or is of another model: {files.first_line(error)}") from error
 
@@ -167,11 +154,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     _DESCRIPTIONS = "Metadata MetadataIndex StorageMeta TensorStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"
     _CLASSES = (
         *(("torch.distributed.checkpoint.metadata", name) for name in _DESCRIPTIONS.split()),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),  # Python 3.13
+        *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
+        *(("torch", "Size"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),  # the last one: Python 3.13
     )
 
     def find_class(self, module: str, name: str) -> Any:
