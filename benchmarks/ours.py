@@ -43,7 +43,7 @@ from open_flamingo.train.data.options import DataOptions, resolve_lanes, resolve
 from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import compile_blocks, parallelize
-from open_flamingo.train.precision import build_loss_scaler, cast_frozen_weights, choose_kernels
+from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.schedule import Plan, Progress
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
 
@@ -123,7 +123,7 @@ class Ours:
         if args.compile:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, args.learning_rate, weight_decay=0.1)
-        self.scaler = build_loss_scaler(args.precision, device)
+        self.scaler = LossScaler(device) if args.precision == "fp16" else None
         ids = self.model.media_token_id, self.model.eoc_token_id, tokenizer.pad_token_id
         self._to_batch = functools.partial(to_batch, ids=ids, pin=device.type == "cuda")
         self.loaders = {kind: Fed([]) for kind in ("laion", "mmc4")}

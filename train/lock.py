@@ -1,11 +1,8 @@
 """One run at a time in a run's folder.
 
 `run.lock` names the host and process that trains there. There is no flock, which NFS may not have, and no clock is compared with
-another host's: on the same machine the process itself is asked for; a run elsewhere refreshes its lock, and one that has not
-changed for `PATIENCE` seconds is a dead run's.
+another host's: on the same machine the process itself is looked for; a lock of another machine is refreshed as long as its run lives.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -23,15 +20,12 @@ log = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 REFRESH = 5.0  # seconds
-PATIENCE = 20.0
+PATIENCE = 20.0  # seconds after which a lock of another machine that has not changed is a dead run's
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds the lock of `folder`, which is made if it does not exist.
-
-    Raises ValueError, naming host, process and time, where another run holds it.
-    """
+    """Holds the lock of `folder`, which is made if need be. Raises ValueError, naming host, process and time, where another run does."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     process = {"machine": _machine(), "pid": os.getpid(), "process_start": _start_time(os.getpid())}

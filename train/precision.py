@@ -10,8 +10,6 @@
 Embeddings, norms and the output head are bfloat16 only in bf16; the loss is computed in float32 in all of them.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 
@@ -55,10 +53,9 @@ def cast_frozen_weights(model: Flamingo, precision: str) -> None:
     """Casts the weights of `model`, in place, to what `precision` holds them in.
 
     In bf16 that is all parameters, but of the buffers only the running statistics of batch norms: what else lies in buffers
-    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in.
-
-    Under autocast, only frozen matrices are cast. A matrix that is also used in another way (an output head tied to the
-    embeddings) stays as it is, and so does the output head, since checkpoints hold it.
+    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in. Under autocast, only frozen
+    matrices are cast. A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does
+    the output head, since checkpoints hold it.
     """
     if precision == "bf16":
         for parameter in model.parameters():
@@ -76,12 +73,11 @@ def cast_frozen_weights(model: Flamingo, precision: str) -> None:
 
 
 class LossScaler:
-    """Keeps the gradients of a float16 backward pass within its range: the loss is multiplied by a scale, which halves when a
+    """For fp16, keeps the gradients of a backward pass within the range: the loss is multiplied by a scale, which halves when a
     gradient overflows and doubles after `GROWTH_INTERVAL` updates in which none did.
 
-    torch.amp.GradScaler's rule, but decided by the global gradient norm. That is one number for all ranks and however the gradients
-    are sharded (an overflow on any rank makes it infinite or not a number), so all skip the same updates. All of it stays on the
-    device: the loop never waits for it.
+    torch.amp.GradScaler's rule, but decided by the global gradient norm: the same number on all ranks, however the gradients are
+    sharded (an overflow on any makes it infinite or not a number). All of it stays on the device: the loop never waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -108,8 +104,3 @@ class LossScaler:
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         for name, tensor in vars(self).items():
             tensor.fill_(state[name])
-
-
-def build_loss_scaler(precision: str, device: torch.device) -> LossScaler | None:
-    """None where the precision needs none."""
-    return LossScaler(device) if precision == "fp16" else None

@@ -1,10 +1,9 @@
 """How long a run is, how far it is, and the learning rate there. All counted in samples: a resumed run may have other ranks."""
 
-from __future__ import annotations
-
 import argparse
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -23,27 +22,24 @@ class Plan:
     samples_per_update: dict[str, int]
     samples_per_epoch: dict[str, int]  # of the flags; an epoch is as many whole updates as fit, at least one
     num_epochs: int
-    # The samples per update with which the run began. Warm-up and schedule count updates of this size, so as to stay where they
-    # were in the data.
-    schedule_unit: dict[str, int]
+    schedule_unit: dict[
+        str, int
+    ]  # of the run's first update: counted in these, warm-up and schedule stay where they were in the data
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant"
     warmup_steps: int = 0
 
     @classmethod
-    def from_flags(cls, args: argparse.Namespace, world_size: int) -> Plan:
+    def from_flags(cls, args: argparse.Namespace, world_size: int) -> Self:
         kinds = [kind for kind in ("laion", "mmc4") if getattr(args, f"{kind}_shards") is not None]
         batches_per_update = world_size * args.gradient_accumulation_steps
         sizes = {kind: getattr(args, f"batch_size_{kind}") * batches_per_update for kind in kinds}
         samples = {kind: getattr(args, f"train_num_samples_{kind}") for kind in kinds}
         return cls(sizes, samples, args.num_epochs, sizes, args.learning_rate, args.lr_scheduler, args.warmup_steps)
 
-    def _updates_per_epoch(self, size: dict[str, int]) -> int:
-        return max(1, min(self.samples_per_epoch[kind] // size[kind] for kind in size))
-
     @property
     def updates_per_epoch(self) -> int:
-        return self._updates_per_epoch(self.samples_per_update)
+        return max(1, min(self.samples_per_epoch[kind] // size for kind, size in self.samples_per_update.items()))
 
     def _updates_left_in_epoch(self, progress: Progress) -> int:
         kind, size = next(iter(self.samples_per_update.items()))
@@ -67,17 +63,15 @@ class Plan:
     def rate_after(self, progress: Progress) -> float:
         """The learning rate of the update that follows `progress`."""
         kind, unit = next(iter(self.schedule_unit.items()))
-        per_epoch = self._updates_per_epoch(self.schedule_unit)
+        per_epoch = replace(self, samples_per_update=self.schedule_unit).updates_per_epoch
         position = progress.epoch * per_epoch + progress.samples.get(kind, 0) / unit
         total = self.num_epochs * per_epoch
         return learning_rate(self.lr_scheduler, self.learning_rate, position, self.warmup_steps, total)
 
 
 def learning_rate(name: str, base: float, position: float, warmup: float, total: float) -> float:
-    """The rate of the update after `position`: it rises linearly from 0 to `base`, then follows the shape `name`.
-
-    `position`, `warmup` and `total` are in updates of `Plan.schedule_unit`; a position need not be whole.
-    """
+    """The rate of the update after `position`: it rises linearly from 0 to `base`, then follows the shape `name`. All are counted in
+    updates of `Plan.schedule_unit`; a position need not be whole."""
     if position < warmup:
         return base * position / warmup
     done = (position - warmup) / max(1, total - warmup)

@@ -1,6 +1,4 @@
-"""Makes a checkpoint of one file of a sharded one: `python -m open_flamingo.train.sharded FOLDER FILE`."""
-
-from __future__ import annotations
+"""Makes a checkpoint of one file of a sharded one."""
 
 import argparse
 from pathlib import Path
@@ -14,10 +12,8 @@ from open_flamingo.weights import ROWS
 
 
 def to_file(folder: Path, file: Path) -> None:
-    """Writes to `file` what --checkpoint_format file would have written. Needs neither the model nor more than one process.
-
-    Raises ValueError, naming the folder, where it is damaged or cannot be read.
-    """
+    """Writes to `file` what --checkpoint_format file would have written. Needs neither the model nor more than one process. Raises
+    ValueError, naming the folder, where it is damaged or cannot be read."""
     checkpoint = files.load(folder)
     with reading(folder):
         entries = TensorReader(folder).read_metadata().state_dict_metadata
@@ -40,7 +36,7 @@ def to_file(folder: Path, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes a checkpoint of one file of a sharded one.")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="{run_name}/checkpoint_{epoch}")
     parser.add_argument("file", type=Path, help="the file to write")
     args = parser.parse_args()

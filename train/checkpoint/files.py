@@ -1,7 +1,5 @@
 """Checkpoints on disk: names, atomic writing, checksums, reading, deleting."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging
@@ -24,7 +22,6 @@ from open_flamingo.train.schedule import Progress
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(checkpoint_\d+|epoch_\d+_step_\d+)(\.pt)?")
-KEEP_WITHIN_EPOCH = 2
 SUMS = "SHA256SUMS"  # of a sharded checkpoint's folder, the checksums of all other files
 
 
@@ -41,15 +38,11 @@ def first_line(error: BaseException) -> str:
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Writes `checkpoint` so that `path` is at every moment either the old file, absent, or the new one whole.
-
-    Raises OSError where it cannot be written.
-    """
+    """Writes `checkpoint` so that `path` is at every moment either the old file, absent, or the new one whole; or raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         try:
             torch.save(checkpoint, file)  # a zip archive, with a checksum of each tensor: see `verify`
-            file.flush()
         except RuntimeError as error:  # torch's own way to say that a write failed
             reason = error.__context__ if isinstance(error.__context__, OSError) else first_line(error)
             raise OSError(f"{path}: {reason}") from error
@@ -67,9 +60,7 @@ def sums(folder: Path, names: Iterable[str]) -> str:
 
 def verify(path: Path) -> None:
     """Raises ValueError, naming the file, where what lies on disk is not what was written, by the checksums that were stored with it.
-
-    A file's are those of a zip archive, in which each tensor is an entry. Files of before torch 1.6 have none.
-    """
+    A file's are those of a zip archive, in which each tensor is an entry; files of before torch 1.6 have none."""
     wrong = None
     try:
         if path.is_dir():
@@ -87,8 +78,7 @@ def verify(path: Path) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The checkpoint at `path`. Bare weights become `{"model_state_dict": weights}`; a sharded one comes without its tensors.
 
-    Its tensors lie in the file until they are read, so that not every rank of a machine holds them in memory: copy what is to stay.
-
+    Tensors lie in the file until they are read, so that not every rank of a machine holds them in memory: copy what is to stay.
     Raises ValueError, naming the file, if it cannot be read; nothing in it is executed.
     """
     is_sharded = path.is_dir()
@@ -115,10 +105,8 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def newest_readable(folder: Path, started_from: Collection[str] = ()) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of `folder`, with its path; what cannot be read is named and skipped.
-
-    `started_from`: only those of a run that began with one of these, if given.
-    """
+    """The newest whole checkpoint of `folder`, with its path; what cannot be read is named and skipped. With `started_from`, only
+    those of a run that began with one of these count."""
     for path in newest_first(folder):
         try:
             checkpoint = load(path)
@@ -162,7 +150,7 @@ def prune(folder: Path, newest: Path, only_newest: bool) -> None:
     newest two. Half-written ones of a killed run go too."""
     older = newest_first(folder)
     if not only_newest:
-        older = [path for path in older if path.name.startswith("epoch_")][KEEP_WITHIN_EPOCH:]
+        older = [path for path in older if path.name.startswith("epoch_")][2:]
     for path in [*older, *folder.glob(".*.pt.*"), *folder.glob(".*.saving")]:
         if path.is_dir() and path != newest:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,5 @@
 """From a checkpoint to a run that goes on where it stopped, and back."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import platform
@@ -34,7 +32,6 @@ _NOT_RECORDED = (
     *("run_name", "resume_from_checkpoint", "report_to_wandb", "wandb_project", "wandb_entity", "offline"),
     *("trust_remote_code", "dist_timeout", "startup_timeout", "save_errors"),
 )
-_PACKAGES = ("open_flamingo", "torch", "transformers", "open_clip_torch", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def resume_state(state: TrainState, progress: Progress) -> dict[str, Any] | None
         return None
     lanes_read = {kind: {lane: at for rank in cursors for lane, at in rank[kind].items()} for kind in batches}
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in ("open_flamingo", "torch", "transformers", "open_clip_torch", "webdataset"):
         with suppress(PackageNotFoundError):  # run from a checkout that is not installed
             versions[package] = version(package)
     groups = trainer.optimizer.param_groups
@@ -110,9 +107,8 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[ResumePoint, Plan]
     """Where the run goes on, and its plan on the schedule of the run that is continued.
 
     That is the newest checkpoint of its folder, or --resume_from_checkpoint: but a run that was started with that flag, and is
-    started again with it, goes on from its own newest.
-
-    Raises ValueError, naming the difference, where the checkpoint is of another model or other data.
+    started again with it, goes on from its own newest. Raises ValueError, naming the difference, where the checkpoint is of another
+    model or other data.
     """
     path, started_from = run_on_rank0(_select_checkpoint, args)
     if path is None:
@@ -126,12 +122,18 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[ResumePoint, Plan]
         log.info("starting from %s: its weights%s", path, f", after {epoch:,} epochs" if epoch else "")
         return start, plan
 
-    data_changes = _changed_flags(checkpoint["flags"], args, DATA_FLAGS)
+    saved, now = checkpoint["flags"], vars(args)
+    changed = {
+        name: f"--{name} was {saved[name]!r} and is now {now[name]!r}"
+        for name in MODEL_FLAGS + DATA_FLAGS
+        if name in saved and saved[name] != now[name]
+    }
+    data_changes = [changed[name] for name in DATA_FLAGS if name in changed]
     start.lanes = checkpoint["data_lanes"]
     if args.data_lanes not in (None, start.lanes):
         data_changes.append(f"--data_lanes was {start.lanes} and is now {args.data_lanes}")
     start.data = {kind: LoaderState.from_json(state) for kind, state in checkpoint["data"].items()}
-    _reject_changes(args, start, _changed_flags(checkpoint["flags"], args, MODEL_FLAGS), data_changes)
+    _reject(args, start, [changed[name] for name in MODEL_FLAGS if name in changed], data_changes)
 
     # Earlier versions stored neither of the two.
     updates_in_epoch = checkpoint["step"] % checkpoint["updates_per_epoch"]
@@ -161,37 +163,25 @@ def check_shard_lists(args: argparse.Namespace, start: ResumePoint, shards: dict
         for kind, urls in shards.items()
         if kind in saved and saved[kind] != (digest := shards_digest(urls))
     ]
-    _reject_changes(args, start, [], changes)
+    _reject(args, start, [], changes)
 
 
 def _select_checkpoint(args: argparse.Namespace) -> tuple[Path | None, str | None]:
     """The checkpoint to go on from, and the fingerprint of the one that the run began with."""
     folder, given = Path(args.run_name), args.resume_from_checkpoint
-    if given is None:
-        if (found := files.newest_readable(folder)) is not None:
-            return found[0], found[1].get("started_from")
-        if files.newest_first(folder):
-            raise ValueError(f"none of the checkpoints in {folder} can be read. Move them away to start over")
-        return None, None
-    started_from = files.fingerprint(Path(given))
     # Earlier versions stored the path.
-    if (found := files.newest_readable(folder, (started_from, given))) is not None:
-        return found[0], started_from
-    files.verify(Path(given))
-    return Path(given), started_from
+    started_from: tuple[str, ...] = () if given is None else (files.fingerprint(Path(given)), given)
+    if (found := files.newest_readable(folder, started_from)) is not None:
+        return found[0], started_from[0] if started_from else found[1].get("started_from")
+    if given is not None:
+        files.verify(Path(given))
+        return Path(given), started_from[0]
+    if files.newest_first(folder):
+        raise ValueError(f"none of the checkpoints in {folder} can be read. Move them away to start over")
+    return None, None
 
 
-def _changed_flags(saved: dict[str, Any], args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
-    return [
-        f"--{name} was {saved[name]!r} and is now {getattr(args, name)!r}"
-        for name in names
-        if name in saved and saved[name] != getattr(args, name)
-    ]
-
-
-def _reject_changes(
-    args: argparse.Namespace, start: ResumePoint, model_changes: list[str], data_changes: list[str]
-) -> None:
+def _reject(args: argparse.Namespace, start: ResumePoint, model_changes: list[str], data_changes: list[str]) -> None:
     """Raises ValueError where anything has changed, unless --allow_changed_flags: then data that changed start from their beginning."""
     changes = "; ".join(model_changes + data_changes)
     if changes and not args.allow_changed_flags:
@@ -212,8 +202,7 @@ def restore_model(start: ResumePoint, model: Flamingo) -> None:
     if start.checkpoint is None or "model_state_dict" not in start.checkpoint:
         return
     incompatible = model.load_state_dict(start.checkpoint["model_state_dict"], strict=False)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if wrong := [*incompatible.unexpected_keys, *(name for name in incompatible.missing_keys if name in trained)]:
+    if wrong := incompatible.unexpected_keys + incompatible.missing_keys:
         raise ValueError(
             f"{start.path} is of another model: {len(wrong)} parameters do not match, the first {wrong[0]}. Compare "
             "--lm_path, --vision_encoder_path and --cross_attn_every_n_layers"
@@ -231,10 +220,9 @@ def restore_optimizer(
     if "flags" not in checkpoint:
         if "optimizer_state_dict" in checkpoint:
             moments = _moments_of_reference(checkpoint["optimizer_state_dict"], model, optimizer)
-            if moments is None:
+            if not moments:
                 log.warning("%s: its optimizer state does not fit this model; the optimizer starts over", start.path)
-            else:
-                _load_moments(optimizer, moments)
+            _load_moments(optimizer, moments)
         return
     saved_names, names = checkpoint["optimizer_parameter_names"], [*trained_parameters(model, optimizer)]
     if saved_names != names:
@@ -269,25 +257,23 @@ def _load_moments(optimizer: Optimizer, moments: dict[int, dict[str, Any]]) -> N
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _moments_of_reference(
-    theirs: dict[str, Any], model: Flamingo, optimizer: Optimizer
-) -> dict[int, dict[str, Any]] | None:
-    """The moments of the reference's AdamW for our parameters, or None where they are not of this model.
+def _moments_of_reference(theirs: dict, model: Flamingo, optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The moments of the reference's AdamW for our parameters, none where they are not of this model.
 
     It numbers parameters as `build_optimizer` does. It trains the whole embedding matrix, with the gradient of other rows than the
     new ones set to zero: the moments of our rows are rows of its moments.
     """
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != [len(group["params"]) for group in theirs.get("param_groups", ())]:
-        return None
+        return {}
     moments = {}
     for index, (name, parameter) in enumerate(trained_parameters(model, optimizer).items()):
         moments[index] = dict(theirs["state"].get(index, {}))
         for key in ("exp_avg", "exp_avg_sq"):
             moment = moments[index].get(key)
             if moment is not None and name.endswith(ROWS):
-                moment = moment[model.get_submodule(name.removesuffix(ROWS)).new_ids]
+                moment = moment[model.get_submodule(name.removesuffix(ROWS)).new_ids.to(moment.device)]
             if moment is None or moment.shape != parameter.shape:
-                return None
+                return {}
             moments[index][key] = moment
     return moments

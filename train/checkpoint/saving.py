@@ -1,7 +1,5 @@
 """Saving the run while training goes on."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +34,7 @@ class Checkpoints:
 
     Args:
         ask_to_stop: called at once, on rank 0, when a checkpoint could not be written and --save_errors is stop.
-        upload: called with each file that is on disk.
+        upload: called with each one that is on disk.
     """
 
     def __init__(
@@ -49,10 +47,9 @@ class Checkpoints:
         self._upload = upload
         self._stops = state.args.save_errors == "stop"
         self._is_sharded = state.args.checkpoint_format == "sharded"
-        # Sharded, with a process group of their own: the training goes on using the other.
-        self._start = (
-            partial(start_sharded, dist.new_group(backend="gloo")) if self._is_sharded else partial(start_file, {})
-        )
+        self._start: Callable[..., Callable[[], None]] = partial(start_file, {})
+        if self._is_sharded:  # with a process group of its own: the training goes on using the other
+            self._start = partial(start_sharded, dist.new_group(backend="gloo"))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
 
@@ -66,9 +63,8 @@ class Checkpoints:
         self.finish()  # the one before
         for group in optimizer.param_groups:
             group["lr"] = state.plan.rate_after(progress)  # of the next update, as the reference saves it
-        contents = resume_state(state, progress)
         with self._save_errors():
-            write = self._start(state.model, optimizer, contents, path)
+            write = self._start(state.model, optimizer, resume_state(state, progress), path)
             self._written = self._thread.submit(self._write, write, path)
 
     def _write(self, write: Callable[[], None], path: Path) -> None:
@@ -81,8 +77,7 @@ class Checkpoints:
                 self._ask_to_stop()  # otherwise the run would know only at the next save
             raise
         log.info("saved %s", path)
-        if not self._is_sharded:
-            self._upload(path)
+        self._upload(path)
 
     def finish(self) -> None:
         """Waits for what is still being written."""
@@ -106,22 +101,22 @@ class Checkpoints:
         except (ValueError, OSError) as error:
             self.problem = f"a checkpoint could not be written: {error}. The ones before it are whole"
             if self._stops:
-                advice = "Start again when there is room (--save_errors warn trains on)"
-                raise UserError(f"{self.problem}. {advice}") from error
+                raise UserError(
+                    f"{self.problem}. Start again when there is room (--save_errors warn trains on)"
+                ) from error
             log.warning("%s; training goes on (--save_errors warn)", self.problem)
 
 
 def start_file(
     copies: dict[str, Tensor], model: Flamingo, optimizer: Optimizer, state: dict[str, Any] | None, path: Path
 ) -> Callable[[], None]:
-    """Copies the tensors of a checkpoint of one file to memory of the host; training stands still until then. Every rank calls this.
+    """Copies the tensors of a checkpoint of one file to host memory; training stands still until then. Every rank calls this.
 
     Args:
         copies: that memory, by name, as the checkpoint before has left it; empty for the first.
         state: what is not a tensor, on rank 0; None on others.
 
-    Returns:
-        what writes the file, in the background, and raises OSError where it cannot
+    Returns what writes the file, in the background, and raises OSError where it cannot.
     """
 
     def copy(name: str, tensor: Tensor) -> Tensor | None:

@@ -5,11 +5,8 @@
         .metadata, __0_0.distcp …   the tensors: trained weights, what else a checkpoint of one file holds, moments
         SHA256SUMS                  of all others
 
-The folder is written beside its place and renamed once every rank has finished. `python -m open_flamingo.train.sharded` makes one
-file of it.
+The folder is written beside its place and renamed once every rank has finished. train/sharded.py makes one file of it.
 """
-
-from __future__ import annotations
 
 import os
 import pickle
@@ -24,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from open_flamingo import Flamingo
@@ -52,10 +49,8 @@ def _tensors(model: Flamingo, optimizer: Optimizer, only_trained: bool) -> dict[
 def start_sharded(
     group: Any, model: Flamingo, optimizer: Optimizer, state: dict[str, Any] | None, path: Path
 ) -> Callable[[], None]:
-    """Copies this rank's part of the tensors to host memory, and starts to write it: see `saving.start_file`.
-
-    Raises OSError, on every rank, where the folder cannot be made.
-    """
+    """Copies this rank's part of the tensors to host memory, and starts to write it: see `saving.start_file`. Raises OSError, on
+    every rank, where the folder cannot be made."""
     beside = path.with_name(f".{path.name}.saving")
     with raise_on_all_ranks():  # also a barrier
         if state is not None:
@@ -101,10 +96,8 @@ class ChecksumWriter(dcp.FileSystemWriter):
 
 
 def load(path: Path, model: Flamingo, optimizer: Optimizer) -> None:
-    """Loads trained weights and moments in place, each rank its part, however many ranks wrote them.
-
-    Raises ValueError, naming the folder, where it cannot be read or is of another model.
-    """
+    """Loads trained weights and moments in place, each rank its part, however many ranks wrote them. Raises ValueError, naming the
+    folder, where it cannot be read or is of another model."""
     for parameter in trained_parameters(model, optimizer).values():
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
@@ -124,11 +117,8 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 class TensorReader(dcp.FileSystemReader):
-    """Reads a folder of tensors, and executes nothing in it.
-
-    torch's own reader unpickles `.metadata` without restraint, and entries that are not tensors too. Here only the classes of
-    such a file are made, and there are only tensors, each in a file of the folder.
-    """
+    """Reads a folder of tensors, and executes nothing in it. torch's own reader unpickles `.metadata` without restraint, and entries
+    that are not tensors too. Here only the classes of such a file are made, and there are only tensors, each in a file of the folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         folder = Path(self.path)
@@ -143,8 +133,6 @@ class TensorReader(dcp.FileSystemReader):
             name = stored.relative_path
             if name != Path(name).name or stored.transform_descriptors or not (folder / name).is_file():
                 raise ValueError(f"{name!r} is not a file of tensors of this folder")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
