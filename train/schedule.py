@@ -22,9 +22,7 @@ class Plan:
     samples_per_update: dict[str, int]
     samples_per_epoch: dict[str, int]  # of the flags; an epoch is as many whole updates as fit, at least one
     num_epochs: int
-    schedule_unit: dict[
-        str, int
-    ]  # of the run's first update: counted in these, warm-up and schedule stay where they were in the data
+    schedule_unit: dict[str, int]  # samples_per_update of the run's start, in which warm-up and schedule are counted
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant"
     warmup_steps: int = 0

@@ -258,11 +258,9 @@ def _load_moments(optimizer: Optimizer, moments: dict[int, dict[str, Any]]) -> N
 
 
 def _moments_of_reference(theirs: dict, model: Flamingo, optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """The moments of the reference's AdamW for our parameters, none where they are not of this model.
-
-    It numbers parameters as `build_optimizer` does. It trains the whole embedding matrix, with the gradient of other rows than the
-    new ones set to zero: the moments of our rows are rows of its moments.
-    """
+    """The moments of the reference's AdamW for our parameters, none where they are not of this model. It numbers parameters as
+    `build_optimizer` does, and trains the whole embedding matrix, with the gradient of other rows than the new ones set to zero: the
+    moments of our rows are rows of its moments."""
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != [len(group["params"]) for group in theirs.get("param_groups", ())]:
         return {}

@@ -55,7 +55,6 @@ def start_sharded(
     with raise_on_all_ranks():  # also a barrier
         if state is not None:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
             layout = {  # what making one file needs to know
                 "embedding": embedding_name(model),
                 "head": head_name(model),
