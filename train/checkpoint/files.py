@@ -109,10 +109,9 @@ def newest_readable(folder: Path, started_from: Collection[str] = ()) -> tuple[P
     those of a run that began with one of these count."""
     for path in newest_first(folder):
         try:
-            checkpoint = load(path)
-            if not started_from or checkpoint.get("started_from") in started_from:
+            if not started_from or load(path).get("started_from") in started_from:
                 verify(path)
-                return path, checkpoint
+                return path, load(path)
         except ValueError as error:
             log.warning("%s; going back to the one before it", error)
     return None
