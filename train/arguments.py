@@ -97,14 +97,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_model_and_data_flags(parser)
     _add_training_flags(parser)
-    _add_process_flags(parser)
+    _add_distributed_and_reporting_flags(parser)
     for action in parser._actions:  # `(default: None)` and `(default: False)` would say nothing
         if action.help and action.default not in (None, False, argparse.SUPPRESS):
             action.help += " (default: %(default)s)"
     return parser
 
 
-# A flag is two lines or three, its help among them.
+# A flag is one line to three, its help among them.
 # fmt: off
 
 
@@ -200,7 +200,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         "some minutes of compiling at the start. Needs a C compiler")
 
 
-def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+def _add_distributed_and_reporting_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("distributed").add_argument
     add("--dist-url", type=dist_url, default="env://",
         help="where the ranks meet, e.g. tcp://<host of rank 0>:<free port>. env://: at MASTER_ADDR and MASTER_PORT; "
