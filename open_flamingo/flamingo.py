@@ -128,6 +128,7 @@ class Flamingo(nn.Module):
         use_cache: bool = False,
         *,
         image_counts: Sequence[int] | None = None,
+        per_token: bool = False,
     ) -> CausalLMOutputWithPast:
         """The `loss` of `labels` (float32 scalar, mean over those that count, 0 if none does), or all `logits` [B, T, vocabulary].
 
@@ -146,6 +147,7 @@ class Flamingo(nn.Module):
                 or those of `cache_media`.
             use_cache: return `past_key_values` (without labels).
             image_counts: how many `<image>` tokens each row of `lang_x` has. Saves waiting for the GPU to count them.
+            per_token: without gradients, `loss` is that of each label that counts, float32[P], in the order of `labeled_positions`.
         """
         # What waits for the GPU comes first, while little is queued there.
         labeled = labeled_positions(labels, lang_x.device) if isinstance(labels, Tensor) else labels
@@ -163,13 +165,13 @@ class Flamingo(nn.Module):
                 return self.lang_encoder(**inputs, use_cache=use_cache)
             if not has_base_model(self.lang_encoder):
                 logits = self.lang_encoder(**inputs, use_cache=False).logits
-                return CausalLMOutputWithPast(loss=full_loss(logits, *labeled))
+                return CausalLMOutputWithPast(loss=full_loss(logits, *labeled, per_token))
             base_model: Any = self.lang_encoder.base_model
             conditioning.prepare_for_call(lang_x, past_key_values)
             # Hugging Face models would look for rows of several texts in the position ids, and wait for the GPU in each forward pass.
             with replaced(vars(masking_utils), "find_packed_sequence_indices", lambda position_ids: None):
                 hidden_states = base_model(**inputs, use_cache=False)[0]
-            return CausalLMOutputWithPast(loss=labeled_loss(self.lang_encoder, hidden_states, *labeled))
+            return CausalLMOutputWithPast(loss=labeled_loss(self.lang_encoder, hidden_states, *labeled, per_token))
 
     @torch.no_grad()
     def generate(

@@ -46,10 +46,13 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def labeled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+def labeled_loss(
+    lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor, per_token: bool = False
+) -> Tensor:
     """Mean cross entropy of the tokens that count, in float32, given the last hidden states [B, T, D] of the base model.
 
-    Equal to Hugging Face's loss on full logits, but 0 (with a gradient of 0) where no label counts.
+    Equal to Hugging Face's loss on full logits, but 0 (with a gradient of 0) where no label counts. With `per_token`, and without
+    gradients, that of each token: [P].
     """
     hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
     embedding, head = input_embedding(lang_encoder), output_head(lang_encoder)
@@ -65,20 +68,22 @@ def labeled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tens
     weight = head._parameters.get("weight")
     convert = autocasts and weight is not None and not weight.requires_grad
     with replaced(head._parameters, "weight", weight.to(dtype)) if convert else nullcontext():
+        if per_token:
+            return torch.cat([_loss(lang_encoder, *piece, reduction="none") for piece in pieces])
         if not torch.is_grad_enabled():
-            total: Any = sum(_summed_loss(lang_encoder, *piece) for piece in pieces)
+            total: Any = sum(_loss(lang_encoder, *piece) for piece in pieces)
         elif dtype == torch.float16:
             # The loss scale must come before any rounding to float16: so gradients wait for the backward pass, and logits are made
             # a second time there.
-            losses = [checkpoint(_summed_loss, lang_encoder, *piece, use_reentrant=False) for piece in pieces]
+            losses = [checkpoint(_loss, lang_encoder, *piece, use_reentrant=False) for piece in pieces]
             total = torch.stack(losses).sum()
         else:
             total = _SummedLoss.apply(lang_encoder, chunk, hidden_states, targets, *trained_rows)
     return total / max(1, len(targets))
 
 
-def _summed_loss(lang_encoder: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits_of(lang_encoder, hidden_states).float(), targets, reduction="sum")
+def _loss(lang_encoder: nn.Module, hidden_states: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    return F.cross_entropy(logits_of(lang_encoder, hidden_states).float(), targets, reduction=reduction)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -126,10 +131,12 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
-def full_loss(logits: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+def full_loss(logits: Tensor, positions: Tensor, targets: Tensor, per_token: bool = False) -> Tensor:
     """The same of full logits [B, T, V], for models whose head cannot be run alone."""
-    logits = logits[:, :-1].flatten(0, 1).index_select(0, positions)
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(1, len(targets))
+    logits = logits[:, :-1].flatten(0, 1).index_select(0, positions).float()
+    if per_token:
+        return F.cross_entropy(logits, targets, reduction="none")
+    return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
 
 
 class EchoOutput(BaseModelOutputWithPast):

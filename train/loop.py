@@ -36,6 +36,7 @@ from open_flamingo.train.distributed import (
     distributed,
     gather_objects,
     raise_on_all_ranks,
+    run_on_rank0,
 )
 from open_flamingo.train.errors import UserError, exit_on_error, user_error
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
@@ -55,6 +56,7 @@ from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choos
 from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure, setup_logging
 from open_flamingo.train.schedule import Plan
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
+from open_flamingo.train.validation import Validator, build_validator
 from open_flamingo.train.watchdog import Watchdog
 
 log = logging.getLogger("open_flamingo.train")
@@ -140,7 +142,7 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
         with user_error("cannot start"), raise_on_all_ranks():
             if world.is_main:
                 log_in_to_wandb()
-    state = build(args, world, watchdog, start, plan, options)
+    state, validator = build(args, world, watchdog, start, plan, options)
     trainer = state.trainer
     describe(state, options, first_step)
     with user_error("cannot start"), raise_on_all_ranks():
@@ -155,6 +157,9 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
     # ---------------------------------------------------------------- loop
     began = logged = time.perf_counter()
     with signals, closing(checkpoints):
+        if validator is not None and not run_on_rank0(reporter.has_validated):
+            seconds = validate(validator, health, reporter, first_step)
+            began, logged = began + seconds, logged + seconds
         while progress.step < last_step:
             learning_rate = plan.rate_after(progress)
             progress = plan.after_update(progress)
@@ -176,6 +181,10 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             ends = step == last_step or health.stop is not None or health.consecutive_bad_steps >= args.max_bad_steps
             if ends:
                 health.flush()
+            is_due = itstime(step, args.val_steps) or step == last_step or not (args.val_steps or progress.samples)
+            if validator is not None and is_due and health.stop is None:
+                seconds = validate(validator, health, reporter, step)
+                began, logged = began + seconds, logged + seconds
             if ends or itstime(step, args.save_steps) or not progress.samples:  # no samples: an epoch's end
                 checkpoints.save(progress)
             if ends:
@@ -211,6 +220,15 @@ def outcome(
     return None
 
 
+def validate(validator: Validator, health: Health, reporter: Reporter, step: int) -> float:
+    """Validates and reports it. Returns the seconds that it took, which are no part of any rate of training."""
+    began = time.perf_counter()
+    figures, captions = validator.run(health.set_phase)
+    figures["seconds_validating"] = time.perf_counter() - began
+    reporter.log_validation(step, figures, captions)
+    return time.perf_counter() - began
+
+
 def itstime(step: int, every: int) -> bool:
     """Whether it is time for what happens every so many updates; 0: never."""
     return every > 0 and step % every == 0
@@ -223,8 +241,9 @@ def build(
     start: ResumePoint,
     plan: Plan,
     options: dict[str, DataOptions],
-) -> TrainState:
-    """Model, optimizer and loaders, as they were when the checkpoint of `start` was made. Every rank must call this."""
+) -> tuple[TrainState, Validator | None]:
+    """Model, optimizer and loaders, as they were when the checkpoint of `start` was made; and what validates the model. Every rank
+    must call this."""
     with user_error("cannot start"):
         sharding = sharding_from_flags(args, world)
     watchdog.set_phase("building the model")
@@ -285,4 +304,7 @@ def build(
         reduce_gradients=partial(reduce_gradients, parallel_model, dummy, args.precision),
     )
     lanes = next(iter(options.values())).lanes
-    return TrainState(args, world, plan, model, trainer, lanes, start.started_from)
+    state = TrainState(args, world, plan, model, trainer, lanes, start.started_from)
+    watchdog.set_phase("reading the validation samples")
+    with user_error("cannot load the data"):
+        return state, build_validator(state, tokenizer, image_processor)

@@ -11,12 +11,13 @@ import secrets
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -26,9 +27,11 @@ from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.distributed import World, gather_objects
 from open_flamingo.train.health import Health
 from open_flamingo.train.step import Trainer
+from open_flamingo.train.validation import Caption
 
 log = logging.getLogger(__name__)
 
+METRICS, CAPTIONS = "metrics.jsonl", "captions.jsonl"  # of a run's folder
 # Seconds that W&B and TensorBoard have after an error. torchrun kills ranks 30 s after it has asked them to end.
 CLOSE_TIMEOUT = 20.0
 
@@ -112,7 +115,8 @@ class Reporter:
             return
         folder = Path(args.run_name)
         folder.mkdir(parents=True, exist_ok=True)
-        self._places["metrics.jsonl"] = _metrics_file(folder / "metrics.jsonl", step)
+        self._folder = folder
+        self._places["metrics.jsonl"] = _lines_file(folder / METRICS, step)
         if args.report_to_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -154,6 +158,44 @@ class Reporter:
             self._call("TensorBoard", "add_scalar", name, value, step)
         self._call("W&B", "log", numbers)
 
+    def has_validated(self) -> bool:
+        """Whether the lines of `METRICS` that are still true have a validation. On rank 0 alone."""
+        return '"seconds_validating"' in (self._folder / METRICS).read_text()
+
+    def log_validation(self, step: int, figures: Mapping[str, float | None], captions: Sequence[Caption]) -> None:
+        """Figures as any others; captions to `CAPTIONS`, and with their images to W&B and TensorBoard."""
+        if not self._places:
+            return
+        self._call("metrics.jsonl", "write", json.dumps({"step": step, **figures}).encode() + b"\n")
+        log.info("validation after update %d: %s", step, _describe_validation(figures))
+        numbers = {name: value for name, value in figures.items() if value is not None}
+        if bad := sorted(figures.keys() - numbers.keys()):
+            log.warning("validation after update %d: not finite: %s", step, ", ".join(bad))
+        for name, value in numbers.items():
+            self._call("TensorBoard", "add_scalar", name, value, step)
+        self._call("W&B", "log", {"step": step, **numbers})
+        if not captions:
+            return
+        if "captions.jsonl" not in self._places:
+            self._places["captions.jsonl"] = _lines_file(self._folder / CAPTIONS, step - 1)
+        images = []
+        for caption in captions:
+            line = {"step": step, "key": caption.key, "model": caption.model, "data": caption.data}
+            self._call("captions.jsonl", "write", json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            log.info('caption: "%s" (data: "%s")', caption.model, caption.data)
+            images.append(_displayable(caption.image))
+        text = "\n\n".join(f"{i}. **{c.model}** (data: {c.data})" for i, c in enumerate(captions, start=1))
+        self._call("TensorBoard", "add_images", "captioned", np.stack(images), step)
+        self._call("TensorBoard", "add_text", "captions", text, step)
+        if "W&B" in self._places:
+            import wandb
+
+            shown = [
+                wandb.Image(i.transpose(1, 2, 0), caption=f"{c.model} (data: {c.data})")
+                for i, c in zip(images, captions)
+            ]
+            self._call("W&B", "log", {"step": step, "captions": shown})
+
     def upload(self, path: Path) -> None:
         """Sends the checkpoint at `path` to W&B, if --save_checkpoints_to_wandb asks for it."""
         if self._uploads:
@@ -161,7 +203,7 @@ class Reporter:
 
     def close(self, exit_code: int = 0) -> None:
         """Writes what is still to be written, and waits for it. `exit_code`: of the run, for W&B."""
-        for place in ("the progress bar", "metrics.jsonl", "TensorBoard"):
+        for place in ("the progress bar", "metrics.jsonl", "captions.jsonl", "TensorBoard"):
             self._call(place, "close")
         self._call("W&B", "finish", exit_code)
         self._places = {}
@@ -197,7 +239,29 @@ def _describe(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return progress, left_out
 
 
-def _metrics_file(path: Path, step: int) -> Any:
+def _describe_validation(figures: Mapping[str, float | None]) -> str:
+    def number(name: str) -> str:
+        value = figures.get(name)
+        return "-" if value is None else f"{value:.4f}"
+
+    parts = []
+    for kind in (name[9:] for name in figures if name in ("val_loss_laion", "val_loss_mmc4")):
+        gains = f"image gain {number(f'image_gain_{kind}')}, over blank {number(f'blank_gain_{kind}')}"
+        parts.append(f"{kind} loss {number(f'val_loss_{kind}')}, {gains}")
+        if by_image := [number(name) for name in figures if name.startswith(f"val_loss_{kind}_image_")]:
+            parts.append(f"{kind} loss by image {' '.join(by_image)}")
+    return " | ".join([*parts, f"{figures['seconds_validating']:.1f} s"])
+
+
+def _displayable(image: np.ndarray) -> np.ndarray:
+    """Bytes of an image, of which a custom image processor may have made normalized floats."""
+    if image.dtype == np.uint8:
+        return image
+    low, high = float(image.min()), float(image.max())
+    return ((image - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+
+
+def _lines_file(path: Path, step: int) -> Any:
     """`path`, open for appending, without the lines of updates after `step`: those will be logged again."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():

@@ -32,7 +32,7 @@ class TrainDataset:
         self,
         kind: str,
         weight: float,
-        loader: Loader,
+        loader: Loader | None,
         normalization: tuple[Sequence[float], Sequence[float]] | None,
         device: torch.device,
     ) -> None:
@@ -138,8 +138,8 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
     return gradient_norm
 
 
-def compute_loss(model: nn.Module, dataset: TrainDataset, batch: Batch) -> torch.Tensor:
-    """The unweighted loss of one batch, float32 []."""
+def compute_loss(model: nn.Module, dataset: TrainDataset, batch: Batch, per_token: bool = False) -> torch.Tensor:
+    """The unweighted loss of one batch, float32 []; `per_token` (without gradients): of each token that counts."""
     device = dataset.device
     return model(
         vision_x=dataset.images(batch).unsqueeze(2),  # the reference's frame axis: [B, N, 1, 3, H, W]
@@ -148,4 +148,5 @@ def compute_loss(model: nn.Module, dataset: TrainDataset, batch: Batch) -> torch
         # attention without a mask are the fast ones.
         labels=labeled_positions(batch.labels, device),  # picked here, without waiting for the device
         image_counts=batch.image_counts,
+        per_token=per_token,
     ).loss

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _NOT_RECORDED = (
     *("run_name", "resume_from_checkpoint", "report_to_wandb", "wandb_project", "wandb_entity", "offline"),
     *("trust_remote_code", "dist_timeout", "startup_timeout", "save_errors"),
+    *("val_laion_shards", "val_mmc4_shards", "val_samples", "val_steps", "val_captions"),
 )
 
 

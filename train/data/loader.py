@@ -13,7 +13,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from open_flamingo.train.data.mmc4 import Mmc4Preparer
 from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.data.samples import DataError, Sample
 from open_flamingo.train.data.shards import expand_shards
+from open_flamingo.train.data.text import TextEncoder
 from open_flamingo.train.data.workers import KILL_WAIT, PREFETCH, LaneDataset, LoaderState, Part, Worker
 
 
@@ -43,10 +44,11 @@ class Batch:
     input_ids: Tensor  # int64 [B, T]
     labels: Tensor  # int64 [B, T]
     keys: list[str]  # `shard-url#sample-key` of each row
-    cursors: dict[int, Cursor]  # of this rank's lanes, after this batch
-    samples: int  # consumed by all ranks, with this batch
-    dropped: Counter[str]  # samples left out on purpose since the batch before, by reason
-    errors: Counter[str]  # broken samples and shards since the batch before, by reason
+    # Of training:
+    cursors: dict[int, Cursor] = field(default_factory=dict)  # of this rank's lanes, after this batch
+    samples: int = 0  # consumed by all ranks, with this batch
+    dropped: Counter[str] = field(default_factory=Counter)  # left out on purpose since the batch before, by reason
+    errors: Counter[str] = field(default_factory=Counter)  # broken samples and shards since the batch before, by reason
 
     @property
     def num_labels(self) -> int:
@@ -83,13 +85,8 @@ class Loader(Iterator[Batch]):
         # Rows in the order of the run: they take turns among the workers, beginning where `samples` says.
         turn = (self.samples + (options.rank - self.samples) % options.world_size) // options.world_size
         samples = [parts[(turn + row) % workers].samples[row // workers] for row in range(options.batch_size)]
-        input_ids, labels = self._join_text(samples)
-        batch = Batch(
-            images=self._join_images(samples),
-            image_counts=[len(sample.images) for sample in samples],
-            input_ids=input_ids,
-            labels=labels,
-            keys=[sample.key for sample in samples],
+        batch = replace(
+            collate(samples, options.kind, self.dataset.prepare.encode, self._pin),
             cursors={lane: cursor for part in parts for lane, cursor in part.cursors.items()},
             samples=self.samples + options.batch_size * options.world_size,
             dropped=sum((part.counts.dropped for part in parts), Counter()),
@@ -142,27 +139,39 @@ class Loader(Iterator[Batch]):
             f"up to {PREFETCH} batches beyond {shard} (lane {lane}), {what}"
         )
 
-    def _join_images(self, samples: list[Sample]) -> Tensor:
-        first = torch.from_numpy(samples[0].images[0])
-        most = max(len(sample.images) for sample in samples)
-        joined = torch.empty(len(samples), most, *first.shape, dtype=first.dtype, pin_memory=self._pin)
-        # Copied by numpy: torch would start all its threads for each image.
-        for row, sample in zip(joined.numpy(), samples, strict=True):
-            np.stack(sample.images, out=row[: len(sample.images)])
-            row[len(sample.images) :] = 0
-        return joined
 
-    def _join_text(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        """Ids and labels."""
-        encode, longest = self.dataset.prepare.encode, max(len(sample.input_ids) for sample in samples)
-        input_ids = torch.full((len(samples), longest), encode.pad_token_id, pin_memory=self._pin)
-        for row, sample in zip(input_ids.numpy(), samples, strict=True):
-            row[: len(sample.input_ids)] = sample.input_ids
-        if self.options.kind == "laion":
-            labels = laion_labels(input_ids, encode.media_token_id, encode.pad_token_id)
-        else:
-            labels = mmc4_labels(input_ids, encode.media_token_id, encode.eoc_token_id, encode.pad_token_id)
-        return input_ids, labels.pin_memory() if self._pin else labels
+def collate(samples: list[Sample], kind: str, encode: TextEncoder, pin: bool = False) -> Batch:
+    """A batch of `samples`, in memory that is page-locked if `pin`."""
+    first = torch.from_numpy(samples[0].images[0])
+    most = max(len(sample.images) for sample in samples)
+    images = torch.empty(len(samples), most, *first.shape, dtype=first.dtype, pin_memory=pin)
+    longest = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), longest), encode.pad_token_id, pin_memory=pin)
+    # Copied by numpy: torch would start all its threads for each image.
+    for image_row, text_row, sample in zip(images.numpy(), input_ids.numpy(), samples, strict=True):
+        np.stack(sample.images, out=image_row[: len(sample.images)])
+        image_row[len(sample.images) :] = 0
+        text_row[: len(sample.input_ids)] = sample.input_ids
+    if kind == "laion":
+        labels = laion_labels(input_ids, encode.media_token_id, encode.pad_token_id)
+    else:
+        labels = mmc4_labels(input_ids, encode.media_token_id, encode.eoc_token_id, encode.pad_token_id)
+    counts, keys = [len(sample.images) for sample in samples], [sample.key for sample in samples]
+    return Batch(images, counts, input_ids, labels.pin_memory() if pin else labels, keys)
+
+
+def build_preparer(
+    options: DataOptions, tokenizer: Any, image_processor: Callable[..., Tensor]
+) -> LaionPreparer | Mmc4Preparer:
+    """Raw samples → `Sample`s."""
+    images = ImagePreparer(image_processor, options.max_image_pixels)
+    if options.kind == "laion":
+        return LaionPreparer(tokenizer, images)
+    if options.kind == "mmc4":
+        return Mmc4Preparer(
+            tokenizer, images, options.mmc4_textsim_threshold, options.mmc4_min_num_images, options.mmc4_max_num_images
+        )
+    raise ValueError(f"kind is 'laion' or 'mmc4', not {options.kind!r}")
 
 
 def build_loader(
@@ -187,15 +196,6 @@ def build_loader(
     urls = tuple(expand_shards(options.shards)) if isinstance(options.shards, str) else options.shards
     if not urls:
         raise ValueError(f"no {options.kind} shards: {options.shards!r}")
-    images = ImagePreparer(image_processor, options.max_image_pixels)
-    prepare: LaionPreparer | Mmc4Preparer
-    if options.kind == "laion":
-        prepare = LaionPreparer(tokenizer, images)
-    elif options.kind == "mmc4":
-        prepare = Mmc4Preparer(
-            tokenizer, images, options.mmc4_textsim_threshold, options.mmc4_min_num_images, options.mmc4_max_num_images
-        )
-    else:
-        raise ValueError(f"kind is 'laion' or 'mmc4', not {options.kind!r}")
+    prepare = build_preparer(options, tokenizer, image_processor)
     order = ShardOrder(urls, options.lanes, options.seed, options.kind, options.resampled)
     return Loader(LaneDataset(options, order, prepare, state))
