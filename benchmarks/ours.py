@@ -34,8 +34,8 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import build_parser
 from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
-from open_flamingo.train.checkpoint.saving import FileSaver
-from open_flamingo.train.checkpoint.sharded import ShardedSaver
+from open_flamingo.train.checkpoint.saving import start_file
+from open_flamingo.train.checkpoint.sharded import start_sharded
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.labels import laion_labels, mmc4_labels
 from open_flamingo.train.data.loader import Batch, build_loader
@@ -43,7 +43,7 @@ from open_flamingo.train.data.options import DataOptions, resolve_lanes, resolve
 from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import compile_blocks, parallelize
-from open_flamingo.train.precision import build_loss_scaler, cast_frozen_weights, choose_kernels
+from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.schedule import Plan, Progress
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
 
@@ -123,7 +123,7 @@ class Ours:
         if args.compile:
             compile_blocks(self.model)
         self.optimizer = build_optimizer(self.model, args.learning_rate, weight_decay=0.1)
-        self.scaler = build_loss_scaler(args.precision, device)
+        self.scaler = LossScaler(device) if args.precision == "fp16" else None
         ids = self.model.media_token_id, self.model.eoc_token_id, tokenizer.pad_token_id
         self._to_batch = functools.partial(to_batch, ids=ids, pin=device.type == "cuda")
         self.loaders = {kind: Fed([]) for kind in ("laion", "mmc4")}
@@ -134,9 +134,9 @@ class Ours:
         ]
         self.trainer = Trainer(self.step_model, self.optimizer, self.sources, self.args.precision, scaler=self.scaler)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self._savers: dict[bool, Any] = {False: FileSaver(only_newest=False)}
+        self._savers: dict[bool, Any] = {False: functools.partial(start_file, {})}
         if args.group:
-            self._savers[True] = ShardedSaver(only_newest=False)
+            self._savers[True] = functools.partial(start_sharded, torch.distributed.new_group(backend="gloo"))
 
     # ---------------------------------------------------------------- what is asked
 
@@ -241,15 +241,14 @@ class Ours:
         """Seconds that the loop stands still for a checkpoint, seconds until it is on disk, and its bytes."""
         shutil.rmtree(self.folder, ignore_errors=True)
         plan = Plan({"laion": 1}, {"laion": 10**6}, 1, {"laion": 1})
-        saver = self._savers[sharded]
         path = checkpoints.checkpoint_path(self.folder, Progress(1, 1), sharded)
         self._wait()
         start = time.perf_counter()
         state = resume_state(TrainState(self.args, self.world, plan, self.model, self.trainer, 16), Progress(1, 1))
-        saver.save(self.model, self.optimizer, state, path)
+        write = self._savers[sharded](self.model, self.optimizer, state, path)
         self._wait()
         standstill = time.perf_counter() - start
-        saver.finish()
+        write()
         done = time.perf_counter() - start
         files = path.rglob("*") if path.is_dir() else [path]
         size = sum(file.stat().st_size for file in files)

@@ -19,7 +19,7 @@ from open_flamingo.train.data.options import data_options
 from open_flamingo.train.distributed import GroupOptions, World, detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import Sharding, compile_blocks, dummy_batch, full_tensor, parallelize, warm_up_ddp
-from open_flamingo.train.precision import build_loss_scaler, cast_frozen_weights
+from open_flamingo.train.precision import LossScaler, cast_frozen_weights
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
 from tests.conftest import AT_LENGTH
 
@@ -72,7 +72,7 @@ def train(args, world: World, precision: str, way: str, compiled: bool) -> dict[
     cast_frozen_weights(model, precision)
     parallel_model = parallelize(model, world, SHARDINGS[way])
     optimizer = build_optimizer(model, 1e-3, 0.1)
-    scaler = build_loss_scaler(precision, world.device)
+    scaler = LossScaler(world.device) if precision == "fp16" else None
     sources = [
         TrainDataset(
             name, 1.0, build_loader(option, tokenizer, image_processor), normalization(image_processor), world.device

@@ -1,11 +1,8 @@
 """One run at a time in a run's folder.
 
 `run.lock` names the host and process that trains there. There is no flock, which NFS may not have, and no clock is compared with
-another host's: on the same machine the process itself is asked for; a run elsewhere refreshes its lock, and one that has not
-changed for `PATIENCE` seconds is a dead run's.
+another host's: on the same machine the process itself is looked for; a lock of another machine is refreshed as long as its run lives.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -23,20 +20,16 @@ log = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 REFRESH = 5.0  # seconds
-PATIENCE = 20.0
+PATIENCE = 20.0  # seconds after which a lock of another machine that has not changed is a dead run's
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds the lock of `folder`, which is made if it does not exist.
-
-    Raises ValueError, naming host, process and time, where another run holds it.
-    """
+    """Holds the lock of `folder`, which is made if need be. Raises ValueError, naming host, process and time, where another run does."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     process = {"machine": _machine(), "pid": os.getpid(), "process_start": _start_time(os.getpid())}
-    since = datetime.now().astimezone().isoformat(" ", "seconds")
-    lock = process | {"host": socket.gethostname(), "since": since}
+    lock = process | {"host": socket.gethostname(), "since": datetime.now().astimezone().isoformat(" ", "seconds")}
     if path.exists():
         _wait_until_dead(path)
         path.unlink(missing_ok=True)
@@ -46,19 +39,14 @@ def run_lock(folder: Path) -> Iterator[None]:
     except FileExistsError as error:  # of two runs that find a dead one's lock, one comes first
         raise ValueError(f"another run has just begun in {folder}: see {path}") from error
 
-    def is_mine() -> bool:
-        return process.items() <= _read(path).items()
-
     def refresh() -> None:
-        beat = 0
         while not over.wait(REFRESH):
-            if path.exists() and not is_mine():
-                owner = _read(path)
+            owner = _read(path)
+            if path.exists() and not process.items() <= owner.items():
                 log.error("%s: %s, process %s, has taken this run's folder", path, owner.get("host"), owner.get("pid"))
                 return
-            beat += 1
             with suppress(OSError):  # a full disk, a folder that is gone: the next checkpoint tells
-                path.write_text(json.dumps(lock | {"beat": beat}))
+                path.write_text(json.dumps(lock | {"beat": time.monotonic()}))
 
     over = threading.Event()
     thread = threading.Thread(target=refresh, name="run lock", daemon=True)
@@ -68,14 +56,14 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         over.set()
         thread.join(REFRESH)  # so that it does not write once more
-        if is_mine():
+        if process.items() <= _read(path).items():
             path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        owner = json.loads(path.read_text())
-        return owner if isinstance(owner, dict) else {}
+    """What the lock says; nothing where it is broken or gone."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text()))
     return {}
 
 
@@ -86,21 +74,15 @@ def _wait_until_dead(path: Path) -> None:
         alive = owner["process_start"] is not None and owner["process_start"] == _start_time(owner["pid"])
     else:
         log.info("waiting for %g s to see whether the run on %s still lives", PATIENCE, owner.get("host"))
-        before, deadline = _modified(path), time.monotonic() + PATIENCE
-        while not (alive := _modified(path) != before) and time.monotonic() < deadline:
+        alive, deadline = False, time.monotonic() + PATIENCE
+        while not alive and time.monotonic() < deadline:
             time.sleep(min(1.0, PATIENCE / 10))
-        owner = _read(path) or owner
+            alive = _read(path) != owner  # its content, and not its time, which NFS may keep for a while
     if alive and path.exists():
         raise ValueError(
             f"{path.parent} is the folder of a run that lives: on {owner.get('host')}, process {owner.get('pid')}, since "
             f"{owner.get('since')}. Stop that one first, or choose another --run_name"
         )
-
-
-def _modified(path: Path) -> str | None:
-    with suppress(OSError):
-        return path.read_text()  # and not its time, which NFS may keep for a while
-    return None
 
 
 def _machine() -> str:

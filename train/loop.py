@@ -51,7 +51,7 @@ from open_flamingo.train.parallel import (
     sharding_from_flags,
     warm_up_ddp,
 )
-from open_flamingo.train.precision import build_loss_scaler, cast_frozen_weights, choose_kernels
+from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure, setup_logging
 from open_flamingo.train.schedule import Plan
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
@@ -253,7 +253,7 @@ def build(
     cast_frozen_weights(model, args.precision)
     parallel_model = parallelize(model, world, sharding).train()
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay)
-    scaler = build_loss_scaler(args.precision, world.device)
+    scaler = LossScaler(world.device) if args.precision == "fp16" else None
     with user_error("cannot resume"):
         restore_optimizer(start, world, model, optimizer, scaler)
     start.checkpoint = None  # free the memory

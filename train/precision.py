@@ -10,8 +10,7 @@
 Embeddings, norms and the output head are bfloat16 only in bf16; the loss is computed in float32 in all of them.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,9 +23,8 @@ from open_flamingo.language_model import output_head
 # What autocast computes products in. (bf16 has no autocast: there, everything is in it to begin with.)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
 
-# Layers whose weights autocast would convert to the lower precision on every forward pass anyway. Holding their frozen
-# weights in it gives the same numbers for half the memory. Embeddings and norms are not among them: autocast computes
-# those in float32.
+# Layers whose weights autocast would convert to the lower precision on every forward pass anyway. Holding their frozen weights in
+# it gives the same numbers for half the memory. Embeddings and norms are not among them: autocast computes those in float32.
 _MATRIX_LAYERS = (nn.Linear, nn.MultiheadAttention, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 # Of the loss scale: where it starts, and after how many updates without an overflow it doubles. torch.amp's values.
@@ -54,54 +52,38 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def cast_frozen_weights(model: Flamingo, precision: str) -> None:
     """Casts the weights of `model`, in place, to what `precision` holds them in.
 
-    Under autocast, only frozen matrices are cast. A matrix that is also used in another way (an output head tied to the
-    embeddings) stays as it is, and so does the output head, since checkpoints hold it.
+    In bf16 that is all parameters, but of the buffers only the running statistics of batch norms: what else lies in buffers
+    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in. Under autocast, only frozen
+    matrices are cast. A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does
+    the output head, since checkpoints hold it.
     """
     if precision == "bf16":
-        _convert_everything(model, torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                module.to(torch.bfloat16)
     elif precision in _AUTOCAST:
-        _convert_frozen_matrices(model, _AUTOCAST[precision])
-
-
-def _convert_everything(model: nn.Module, dtype: torch.dtype) -> None:
-    """All parameters, but of the buffers only the running statistics of batch norms: what else lies in buffers
-    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in."""
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            module.to(dtype)
-
-
-def _convert_frozen_matrices(model: Flamingo, dtype: torch.dtype) -> None:
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
-    for module in model.modules():
-        if isinstance(module, _MATRIX_LAYERS) and module is not output_head(model.lang_encoder):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad and users[id(parameter)] == 1:
-                    parameter.data = parameter.data.to(dtype)
+        users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+        for module in model.modules():
+            if isinstance(module, _MATRIX_LAYERS) and module is not output_head(model.lang_encoder):
+                for parameter in module.parameters(recurse=False):
+                    if not parameter.requires_grad and users[id(parameter)] == 1:
+                        parameter.data = parameter.data.to(_AUTOCAST[precision])
 
 
 class LossScaler:
-    """Keeps the gradients of a float16 backward pass within its range: the loss is multiplied by a scale, which halves
-    when a gradient overflows and doubles after `GROWTH_INTERVAL` updates in which none did.
+    """For fp16, keeps the gradients of a backward pass within the range: the loss is multiplied by a scale, which halves when a
+    gradient overflows and doubles after `GROWTH_INTERVAL` updates in which none did.
 
-    torch.amp.GradScaler's rule, but decided by the global gradient norm. That is one number for all ranks and however
-    the gradients are sharded (an overflow on any rank makes it infinite or not a number), so all skip the same updates.
-    All of it stays on the device: the loop never waits for it.
-
-    Attributes:
-        scale: float32 [].
-        good_updates: since the scale last changed, int32 [].
-        skipped: updates that changed no weight because a gradient overflowed, since the run began, int32 [].
+    torch.amp.GradScaler's rule, but decided by the global gradient norm: the same number on all ranks, however the gradients are
+    sharded (an overflow on any makes it infinite or not a number). All of it stays on the device: the loop never waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.tensor(INITIAL_SCALE, device=device)
-        self.good_updates = torch.zeros((), dtype=torch.int32, device=device)
+        self.good_updates = torch.zeros((), dtype=torch.int32, device=device)  # since the scale last changed
+        # Updates that changed no weight because a gradient overflowed, since the run began.
         self.skipped = torch.zeros((), dtype=torch.int32, device=device)
 
     @torch.no_grad()
@@ -116,19 +98,9 @@ class LossScaler:
         self.skipped.add_(overflow)
 
     def state_dict(self) -> dict[str, float | int]:
-        """Waits for the device."""
-        return {
-            "scale": self.scale.item(),
-            "good_updates": int(self.good_updates.item()),
-            "skipped": int(self.skipped.item()),
-        }
+        """All attributes as numbers. Waits for the device."""
+        return {name: tensor.item() for name, tensor in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        self.scale.fill_(state["scale"])
-        self.good_updates.fill_(state["good_updates"])
-        self.skipped.fill_(state["skipped"])
-
-
-def build_loss_scaler(precision: str, device: torch.device) -> LossScaler | None:
-    """None where the precision needs none."""
-    return LossScaler(device) if precision == "fp16" else None
+        for name, tensor in vars(self).items():
+            tensor.fill_(state[name])

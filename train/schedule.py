@@ -1,62 +1,43 @@
 """How long a run is, how far it is, and the learning rate there. All counted in samples: a resumed run may have other ranks."""
 
-from __future__ import annotations
-
 import argparse
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        step: updates done, of whatever size; it never goes back.
-        epoch: epochs finished.
-        samples: of each dataset, all ranks together, since then.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    samples: dict[str, int] = field(default_factory=dict)
+    step: int = 0  # updates done, of whatever size; it never goes back
+    epoch: int = 0  # epochs finished
+    samples: dict[str, int] = field(default_factory=dict)  # of each dataset since then, all ranks together
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a run, and its learning rate schedule.
-
-    Attributes:
-        samples_per_update: of each dataset, all ranks together.
-        samples_per_epoch: of each dataset, from the flags; an epoch is as many whole updates as fit, at least one.
-        schedule_unit: the samples per update with which the run began. Warm-up and schedule are counted in updates of
-            this size, so that they stay where they were in the data.
-        learning_rate, lr_scheduler, warmup_steps: the flags.
-    """
+    """The length of a run, and its learning rate schedule. Samples are counted per dataset, all ranks together."""
 
     samples_per_update: dict[str, int]
-    samples_per_epoch: dict[str, int]
+    samples_per_epoch: dict[str, int]  # of the flags; an epoch is as many whole updates as fit, at least one
     num_epochs: int
-    schedule_unit: dict[str, int]
+    schedule_unit: dict[str, int]  # samples_per_update of the run's start, in which warm-up and schedule are counted
     learning_rate: float = 1e-4
     lr_scheduler: str = "constant"
     warmup_steps: int = 0
 
     @classmethod
-    def from_flags(cls, args: argparse.Namespace, world_size: int) -> Plan:
+    def from_flags(cls, args: argparse.Namespace, world_size: int) -> Self:
         kinds = [kind for kind in ("laion", "mmc4") if getattr(args, f"{kind}_shards") is not None]
         batches_per_update = world_size * args.gradient_accumulation_steps
         sizes = {kind: getattr(args, f"batch_size_{kind}") * batches_per_update for kind in kinds}
         samples = {kind: getattr(args, f"train_num_samples_{kind}") for kind in kinds}
-        schedule = (args.learning_rate, args.lr_scheduler, args.warmup_steps)
-        return cls(sizes, samples, args.num_epochs, sizes, *schedule)
-
-    def _updates_per_epoch(self, size: dict[str, int]) -> int:
-        return max(1, min(self.samples_per_epoch[kind] // size[kind] for kind in size))
+        return cls(sizes, samples, args.num_epochs, sizes, args.learning_rate, args.lr_scheduler, args.warmup_steps)
 
     @property
     def updates_per_epoch(self) -> int:
-        return self._updates_per_epoch(self.samples_per_update)
+        return max(1, min(self.samples_per_epoch[kind] // size for kind, size in self.samples_per_update.items()))
 
     def _updates_left_in_epoch(self, progress: Progress) -> int:
         kind, size = next(iter(self.samples_per_update.items()))
@@ -68,10 +49,10 @@ class Plan:
         return 0 if epochs <= 0 else (epochs - 1) * self.updates_per_epoch + self._updates_left_in_epoch(progress)
 
     def after_update(self, progress: Progress) -> Progress:
-        step, epoch = progress.step + 1, progress.epoch
         if self._updates_left_in_epoch(progress) == 1:
-            return Progress(step, epoch + 1)
-        return Progress(step, epoch, {k: progress.samples.get(k, 0) + n for k, n in self.samples_per_update.items()})
+            return Progress(progress.step + 1, progress.epoch + 1)
+        samples = {kind: progress.samples.get(kind, 0) + size for kind, size in self.samples_per_update.items()}
+        return Progress(progress.step + 1, progress.epoch, samples)
 
     def epochs_done(self, progress: Progress) -> float:
         left = self._updates_left_in_epoch(progress) / self.updates_per_epoch if progress.samples else 1.0
@@ -80,18 +61,15 @@ class Plan:
     def rate_after(self, progress: Progress) -> float:
         """The learning rate of the update that follows `progress`."""
         kind, unit = next(iter(self.schedule_unit.items()))
-        per_epoch = self._updates_per_epoch(self.schedule_unit)
+        per_epoch = replace(self, samples_per_update=self.schedule_unit).updates_per_epoch
         position = progress.epoch * per_epoch + progress.samples.get(kind, 0) / unit
         total = self.num_epochs * per_epoch
         return learning_rate(self.lr_scheduler, self.learning_rate, position, self.warmup_steps, total)
 
 
 def learning_rate(name: str, base: float, position: float, warmup: float, total: float) -> float:
-    """The rate of the update after `position`: it rises linearly from 0 to `base`, then follows the shape `name`.
-
-    Args:
-        position, warmup, total: in updates of `Plan.schedule_unit`; a position need not be whole.
-    """
+    """The rate of the update after `position`: it rises linearly from 0 to `base`, then follows the shape `name`. All are counted in
+    updates of `Plan.schedule_unit`; a position need not be whole."""
     if position < warmup:
         return base * position / warmup
     done = (position - warmup) / max(1, total - warmup)

@@ -1,47 +1,32 @@
-"""Makes a checkpoint of one file of a sharded one, as --checkpoint_format file would have written.
-
-python -m open_flamingo.train.sharded FOLDER FILE
-"""
-
-from __future__ import annotations
+"""Makes a checkpoint of one file of a sharded one."""
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from open_flamingo.train.checkpoint import files
-from open_flamingo.train.checkpoint.sharded import MOMENTS, TensorReader, check, first_line
+from open_flamingo.train.checkpoint.sharded import MOMENTS, TensorReader, reading
 from open_flamingo.weights import ROWS
 
 
 def to_file(folder: Path, file: Path) -> None:
-    """Makes a checkpoint of one file of a sharded one. Needs neither the model nor more than one process.
-
-    Raises ValueError, naming the folder, where it is damaged or cannot be read.
-    """
+    """Writes to `file` what --checkpoint_format file would have written. Needs neither the model nor more than one process. Raises
+    ValueError, naming the folder, where it is damaged or cannot be read."""
     checkpoint = files.load(folder)
-    reader = TensorReader(folder)
-    check(folder)
+    with reading(folder):
+        entries = TensorReader(folder).read_metadata().state_dict_metadata
     files.verify(folder)
-    try:
-        tensors: dict[str, Any] = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
-            for key, entry in reader.read_metadata().state_dict_metadata.items()
-        }
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as error:
-        raise ValueError(f"{folder} cannot be read: {first_line(error)}") from error
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}  # type: ignore[union-attr]
+    with reading(folder):
+        dcp.load(tensors, storage_reader=TensorReader(folder))
 
     layout = checkpoint.pop("layout")
     weights = {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
     for matrix in (layout["embedding"], layout["head"]):
-        if matrix is None or (rows := weights.pop(matrix.removesuffix(".weight") + ROWS, None)) is None:
-            continue
-        weights[matrix][layout["new_ids"]] = rows.to(weights[matrix].dtype)
+        if matrix is not None and (rows := weights.pop(matrix.removesuffix(".weight") + ROWS, None)) is not None:
+            weights[matrix][layout["new_ids"]] = rows.to(weights[matrix].dtype)
     if layout["tied"] and layout["head"] is not None:
         weights[layout["head"]] = weights[layout["embedding"]]
     names = checkpoint["optimizer_parameter_names"]
@@ -51,7 +36,7 @@ def to_file(folder: Path, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes a checkpoint of one file of a sharded one.")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="{run_name}/checkpoint_{epoch}")
     parser.add_argument("file", type=Path, help="the file to write")
     args = parser.parse_args()

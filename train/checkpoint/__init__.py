@@ -5,10 +5,8 @@
 
 With --checkpoint_format sharded, folders of the same names without `.pt`: see sharded.py. Either is written while training goes on.
 
-A checkpoint is a dict. The reference's keys: `epoch` (the last finished one, -1 if none), `model_state_dict` (trained
-parameters under the reference's names), `optimizer_state_dict`, `lr_scheduler_state_dict`. Ours: `step` (updates done),
-`data` (a loader state per dataset), `loss_scaler_state_dict` (fp16), `random_states` (one per rank),
-`optimizer_parameter_names`, `flags`, `versions` and what `resume.resume_state` adds.
+A checkpoint is a dict of the reference's `epoch` (the last finished one, -1 if none), `model_state_dict` (trained parameters under its
+names), `optimizer_state_dict` and `lr_scheduler_state_dict`, and of what `resume.resume_state` adds.
 """
 
 SHARDED_STATE = "state.pt"  # of a sharded checkpoint's folder, the file that holds all but the tensors

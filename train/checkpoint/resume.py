@@ -1,10 +1,9 @@
 """From a checkpoint to a run that goes on where it stopped, and back."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from open_flamingo import Flamingo
 from open_flamingo.train.arguments import DATA_FLAGS, MODEL_FLAGS
@@ -19,7 +19,7 @@ from open_flamingo.train.checkpoint import files, sharded
 from open_flamingo.train.data.shards import shards_digest
 from open_flamingo.train.data.workers import LoaderState
 from open_flamingo.train.distributed import World, gather_objects, run_on_rank0
-from open_flamingo.train.optimizer import parameter_names
+from open_flamingo.train.optimizer import trained_parameters
 from open_flamingo.train.precision import LossScaler
 from open_flamingo.train.schedule import Plan, Progress
 from open_flamingo.train.step import Trainer
@@ -36,21 +36,15 @@ _NOT_RECORDED = (
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint is made of.
-
-    Attributes:
-        model: not wrapped.
-        lanes: see `data.loader.resolve_lanes`.
-        started_from: the fingerprint of the checkpoint that the run began with, if it began with one.
-    """
+    """What a checkpoint is made of."""
 
     args: argparse.Namespace
     world: World
     plan: Plan
-    model: Flamingo
+    model: Flamingo  # not wrapped
     trainer: Trainer
-    lanes: int
-    started_from: str | None = None
+    lanes: int  # see `data.options.resolve_lanes`
+    started_from: str | None = None  # the fingerprint of the checkpoint that the run began with, if it began with one
 
 
 @dataclass
@@ -62,92 +56,64 @@ class ResumePoint:
     lanes: int | None = None  # of the run that is continued
     checkpoint: dict[str, Any] | None = None
     path: Path | None = None
-    started_from: str | None = None  # the fingerprint of the checkpoint that the run began with, if it began with one
+    started_from: str | None = None  # see `TrainState`
     is_new_run: bool = True  # it does not go on from a checkpoint of its own
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.path is not None and self.path.is_dir()
 
 
 def resume_state(state: TrainState, progress: Progress) -> dict[str, Any] | None:
     """Everything that the run needs to go on, but its weights and moments. Every rank takes part; rank 0 gets it, others None."""
-    datasets, optimizer, scaler = state.trainer.datasets, state.trainer.optimizer, state.trainer.scaler
-    cursors = gather_objects({dataset.kind: dataset.last.cursors for dataset in datasets if dataset.last is not None})
-    random_states = gather_objects(_random_state())
+    plan, trainer, scaler = state.plan, state.trainer, state.trainer.scaler
+    batches = {dataset.kind: dataset.last for dataset in trainer.datasets if dataset.last is not None}
+    cursors = gather_objects({kind: batch.cursors for kind, batch in batches.items()})
+    # Samples do not depend on these: their randomness is a function of the seed.
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    random_states = gather_objects({"cpu": torch.get_rng_state(), "cuda": cuda_state})
     if not state.world.is_main:
         return None
-    data = {}
-    for dataset in datasets:
-        assert dataset.last is not None
-        lanes_read = {lane: cursor for rank in cursors for lane, cursor in rank[dataset.kind].items()}
-        data[dataset.kind] = LoaderState(dataset.last.samples, lanes_read).to_json()
-    rates = [group["lr"] for group in optimizer.param_groups]
+    lanes_read = {kind: {lane: at for rank in cursors for lane, at in rank[kind].items()} for kind in batches}
+    versions = {"python": platform.python_version()}
+    for package in ("open_flamingo", "torch", "transformers", "open_clip_torch", "webdataset"):
+        with suppress(PackageNotFoundError):  # run from a checkout that is not installed
+            versions[package] = version(package)
+    groups = trainer.optimizer.param_groups
     return {
         "epoch": progress.epoch - 1,
-        "optimizer_parameter_names": parameter_names(state.model, optimizer),
+        "optimizer_parameter_names": [*trained_parameters(state.model, trainer.optimizer)],
         # As the reference's LambdaLR reads it. Here the rate is a function of the samples seen.
         "lr_scheduler_state_dict": {
             "last_epoch": progress.step,
             "_step_count": progress.step + 1,
-            "_last_lr": rates,
-            "base_lrs": [group["initial_lr"] for group in optimizer.param_groups],
-            "lr_lambdas": [None] * len(rates),
+            "_last_lr": [group["lr"] for group in groups],
+            "base_lrs": [group["initial_lr"] for group in groups],
+            "lr_lambdas": [None] * len(groups),
         },
         "loss_scaler_state_dict": None if scaler is None else scaler.state_dict(),
         "step": progress.step,
         "samples_in_epoch": progress.samples,
-        "updates_per_epoch": state.plan.updates_per_epoch,
-        "samples_per_update": state.plan.samples_per_update,
-        "schedule_unit": state.plan.schedule_unit,
-        "data": data,
+        "updates_per_epoch": plan.updates_per_epoch,
+        "samples_per_update": plan.samples_per_update,
+        "schedule_unit": plan.schedule_unit,
+        "data": {kind: LoaderState(batch.samples, lanes_read[kind]).to_json() for kind, batch in batches.items()},
         "data_lanes": state.lanes,
-        "shards": {dataset.kind: shards_digest(dataset.loader.urls) for dataset in datasets},
+        "shards": {dataset.kind: shards_digest(dataset.loader.urls) for dataset in trainer.datasets},
         "random_states": random_states,
         "flags": {name: value for name, value in vars(state.args).items() if name not in _NOT_RECORDED},
         "started_from": state.started_from,
-        "versions": _versions(),
+        "versions": versions,
     }
-
-
-def _random_state() -> dict[str, Any]:
-    """This process's torch random states. Samples do not depend on them: their randomness is a function of the seed."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("open_flamingo", "torch", "transformers", "open_clip_torch", "webdataset"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            continue
-    return found
 
 
 def find_start(args: argparse.Namespace, plan: Plan) -> tuple[ResumePoint, Plan]:
-    """Finds the checkpoint to go on from, if there is one, and checks that this run can; and the plan, on the schedule of the run
-    that goes on.
+    """Where the run goes on, and its plan on the schedule of the run that is continued.
 
-    The newest of the run's folder, or --resume_from_checkpoint: but a run that was started with that flag, and is
-    started again with it, goes on from its own newest checkpoint.
-
-    Raises ValueError, naming the difference, where the checkpoint is of another model or other data.
+    That is the newest checkpoint of its folder, or --resume_from_checkpoint: but a run that was started with that flag, and is
+    started again with it, goes on from its own newest. Raises ValueError, naming the difference, where the checkpoint is of another
+    model or other data.
     """
     path, started_from = run_on_rank0(_select_checkpoint, args)
     if path is None:
         return ResumePoint(), plan
-    checkpoint = files.load(path)
-    given = args.resume_from_checkpoint
+    checkpoint, given = files.load(path), args.resume_from_checkpoint
     is_new_run = given is not None and path.resolve() == Path(given).resolve()
     start = ResumePoint(checkpoint=checkpoint, path=path, started_from=started_from, is_new_run=is_new_run)
     if "flags" not in checkpoint:  # made by the reference, or bare weights
@@ -156,114 +122,87 @@ def find_start(args: argparse.Namespace, plan: Plan) -> tuple[ResumePoint, Plan]
         log.info("starting from %s: its weights%s", path, f", after {epoch:,} epochs" if epoch else "")
         return start, plan
 
-    flags = vars(args)
-    _reject_changes(args, path, _changed_flags(checkpoint["flags"], flags, MODEL_FLAGS))
-    data_changes = _changed_flags(checkpoint["flags"], flags, DATA_FLAGS)
-    if args.data_lanes not in (None, checkpoint["data_lanes"]):
-        data_changes.append(f"--data_lanes was {checkpoint['data_lanes']} and is now {args.data_lanes}")
-    _reject_changes(args, path, data_changes)
-    if data_changes:
-        log.warning("the data start from their beginning, since they are not those of %s", path)
-    else:
-        start.lanes = checkpoint["data_lanes"]
-        start.data = {kind: LoaderState.from_json(state) for kind, state in checkpoint["data"].items()}
+    saved, now = checkpoint["flags"], vars(args)
+    changed = {
+        name: f"--{name} was {saved[name]!r} and is now {now[name]!r}"
+        for name in MODEL_FLAGS + DATA_FLAGS
+        if name in saved and saved[name] != now[name]
+    }
+    data_changes = [changed[name] for name in DATA_FLAGS if name in changed]
+    start.lanes = checkpoint["data_lanes"]
+    if args.data_lanes not in (None, start.lanes):
+        data_changes.append(f"--data_lanes was {start.lanes} and is now {args.data_lanes}")
+    start.data = {kind: LoaderState.from_json(state) for kind, state in checkpoint["data"].items()}
+    _reject(args, start, [changed[name] for name in MODEL_FLAGS if name in changed], data_changes)
 
     # Earlier versions stored neither of the two.
     updates_in_epoch = checkpoint["step"] % checkpoint["updates_per_epoch"]
-    counted = {
-        kind: updates_in_epoch * size for kind, size in checkpoint["samples_per_update"].items() if updates_in_epoch
-    }
+    saved_size = checkpoint["samples_per_update"]
+    counted = {kind: updates_in_epoch * size for kind, size in saved_size.items() if updates_in_epoch}
     samples = checkpoint.get("samples_in_epoch", counted)
-    unit = checkpoint.get("schedule_unit", checkpoint["samples_per_update"])
+    unit = checkpoint.get("schedule_unit", saved_size)
     start.progress = Progress(checkpoint["step"], checkpoint["epoch"] + 1, samples)
     if unit.keys() == plan.schedule_unit.keys():
         plan = replace(plan, schedule_unit=unit)
-    if checkpoint["samples_per_update"] != plan.samples_per_update:
-        log.warning(
-            "an update was %s samples and is now %s: epochs, warm-up and schedule go on from the same samples",
-            checkpoint["samples_per_update"],
-            plan.samples_per_update,
-        )
+    if saved_size != plan.samples_per_update:
+        message = "an update was %s samples and is now %s: epochs, warm-up and schedule go on from the same samples"
+        log.warning(message, saved_size, plan.samples_per_update)
     log.info("resuming from %s after update %d", path, start.progress.step)
     return start, plan
 
 
 def check_shard_lists(args: argparse.Namespace, start: ResumePoint, shards: dict[str, Any]) -> None:
     """Compares `shards`, the list of URLs of each dataset, with what the checkpoint of `start` was trained on: its cursors count in
-    that list. Where the flags were found to differ already, there is nothing to compare.
-
-    Raises ValueError where shards have come or gone since, unless --allow_changed_flags: then the data start from the beginning.
-    """
-    if not start.data:
+    that list. (Where the flags differed already, `start` has no data.) Raises ValueError as `find_start` does."""
+    if start.checkpoint is None or not start.data:
         return
-    assert start.checkpoint is not None
-    assert start.path is not None
     saved = start.checkpoint.get("shards", {})
+    advice = "files have come or gone, or a list was edited; put them back as they were"
     changes = [
-        f"--{kind}_shards found {saved[kind]} and now finds {digest}: files have come or gone, or a list was edited; put them back "
-        "as they were"
+        f"--{kind}_shards found {saved[kind]} and now finds {digest}: {advice}"
         for kind, urls in shards.items()
         if kind in saved and saved[kind] != (digest := shards_digest(urls))
     ]
-    _reject_changes(args, start.path, changes)
-    if changes:
-        start.data = {}
-        log.warning("the data start from their beginning, since they are not those of %s", start.path)
+    _reject(args, start, [], changes)
 
 
 def _select_checkpoint(args: argparse.Namespace) -> tuple[Path | None, str | None]:
-    """The checkpoint to go on from, and the fingerprint of the one of --resume_from_checkpoint."""
-    folder = Path(args.run_name)
-    if args.resume_from_checkpoint is None:
-        found = files.newest_readable(folder)
-        if found is None and files.newest_first(folder):
-            raise ValueError(f"none of the checkpoints in {folder} can be read. Move them away to start over")
-        return (found[0], found[1].get("started_from")) if found else (None, None)
-    path = Path(args.resume_from_checkpoint)
-    started_from = files.fingerprint(path)
-    for own in files.newest_first(folder):
-        try:
-            # Earlier versions stored the path.
-            if files.load(own).get("started_from") in (started_from, args.resume_from_checkpoint):
-                files.verify(own)
-                return own, started_from
-        except ValueError as error:
-            log.warning("%s; going back to the one before it", error)
-    files.verify(path)
-    return path, started_from
+    """The checkpoint to go on from, and the fingerprint of the one that the run began with."""
+    folder, given = Path(args.run_name), args.resume_from_checkpoint
+    # Earlier versions stored the path.
+    started_from: tuple[str, ...] = () if given is None else (files.fingerprint(Path(given)), given)
+    if (found := files.newest_readable(folder, started_from)) is not None:
+        return found[0], started_from[0] if started_from else found[1].get("started_from")
+    if given is not None:
+        files.verify(Path(given))
+        return Path(given), started_from[0]
+    if files.newest_first(folder):
+        raise ValueError(f"none of the checkpoints in {folder} can be read. Move them away to start over")
+    return None, None
 
 
-def _changed_flags(saved: dict[str, Any], current: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    """One sentence per flag of `names` that is not what it was when the checkpoint was made."""
-    return [
-        f"--{name} was {saved[name]!r} and is now {current[name]!r}"
-        for name in names
-        if name in saved and saved[name] != current[name]
-    ]
-
-
-def _reject_changes(args: argparse.Namespace, path: Path, changes: list[str]) -> None:
-    if not changes:
-        return
-    if not args.allow_changed_flags:
+def _reject(args: argparse.Namespace, start: ResumePoint, model_changes: list[str], data_changes: list[str]) -> None:
+    """Raises ValueError where anything has changed, unless --allow_changed_flags: then data that changed start from their beginning."""
+    changes = "; ".join(model_changes + data_changes)
+    if changes and not args.allow_changed_flags:
         raise ValueError(
-            f"{path} belongs to another run: {'; '.join(changes)}. Give the flags as they were, choose another "
-            "--run_name, or pass --allow_changed_flags if this is meant"
+            f"{start.path} belongs to another run: {changes}. Give the flags as they were, choose another --run_name, or pass "
+            "--allow_changed_flags if this is meant"
         )
-    log.warning("going on from %s although %s", path, "; ".join(changes))
+    if changes:
+        log.warning("going on from %s although %s", start.path, changes)
+    if data_changes:
+        start.data, start.lanes = {}, None
+        log.warning("the data start from their beginning, since they are not those of %s", start.path)
 
 
 def restore_model(start: ResumePoint, model: Flamingo) -> None:
-    """Puts the weights of `start` into the model, before it is spread over the ranks; rank 0 alone needs to.
-
-    Raises ValueError, naming the parameter, where the checkpoint is of another model.
-    """
-    checkpoint = start.checkpoint
-    if checkpoint is None or start.is_sharded:
+    """Puts the weights of `start` into the model, before it is spread over the ranks; rank 0 alone needs to. (Those of a sharded
+    checkpoint come with the optimizer's state.) Raises ValueError, naming the parameter, where they are of another model."""
+    if start.checkpoint is None or "model_state_dict" not in start.checkpoint:
         return
-    incompatible = model.load_state_dict(checkpoint["model_state_dict"], strict=False)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if wrong := [*incompatible.unexpected_keys, *(name for name in incompatible.missing_keys if name in trained)]:
+    incompatible = model.load_state_dict(start.checkpoint["model_state_dict"], strict=False)
+    if wrong := incompatible.unexpected_keys + incompatible.missing_keys:
         raise ValueError(
             f"{start.path} is of another model: {len(wrong)} parameters do not match, the first {wrong[0]}. Compare "
             "--lm_path, --vision_encoder_path and --cross_attn_every_n_layers"
@@ -271,90 +210,68 @@ def restore_model(start: ResumePoint, model: Flamingo) -> None:
 
 
 def restore_optimizer(
-    start: ResumePoint,
-    world: World,
-    model: Flamingo,
-    optimizer: torch.optim.Optimizer,
-    scaler: LossScaler | None = None,
+    start: ResumePoint, world: World, model: Flamingo, optimizer: Optimizer, scaler: LossScaler | None
 ) -> None:
-    """Puts the state of `start` into the optimizer, the loss scaler and the random generators of this rank; and, of a
-    sharded checkpoint, the weights.
-
-    Raises ValueError, naming the parameter, where the checkpoint's optimizer trains other parameters.
-    """
+    """Puts the state of `start` into the optimizer, the loss scaler and the random generators of this rank; and, of a sharded
+    checkpoint, the weights. Raises ValueError, naming the parameter, where the checkpoint's optimizer trains other parameters."""
     checkpoint = start.checkpoint
-    if checkpoint is None:
+    if checkpoint is None or start.path is None:
         return
-    if "flags" in checkpoint:
-        saved_names, names = checkpoint["optimizer_parameter_names"], parameter_names(model, optimizer)
-        if saved_names != names:
-            changed = sorted(set(saved_names) ^ set(names)) or names
-            raise ValueError(f"{start.path}: its optimizer trains other parameters, the first {changed[0]}")
-        if start.is_sharded:
-            assert start.path is not None
-            sharded.load(start.path, model, optimizer)
-        else:
-            _load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
-        if scaler is not None and checkpoint.get("loss_scaler_state_dict") is not None:
-            scaler.load_state_dict(checkpoint["loss_scaler_state_dict"])
-        if len(checkpoint["random_states"]) == world.world_size:
-            _restore_random_state(checkpoint["random_states"][world.rank])
-    elif "optimizer_state_dict" in checkpoint:
-        state = _optimizer_state_of_reference(checkpoint, model, optimizer)
-        if state is None:
-            log.warning("%s: its optimizer state does not fit this model; the optimizer starts over", start.path)
-        else:
-            _load_optimizer(optimizer, state)
+    if "flags" not in checkpoint:
+        if "optimizer_state_dict" in checkpoint:
+            moments = _moments_of_reference(checkpoint["optimizer_state_dict"], model, optimizer)
+            if not moments:
+                log.warning("%s: its optimizer state does not fit this model; the optimizer starts over", start.path)
+            _load_moments(optimizer, moments)
+        return
+    saved_names, names = checkpoint["optimizer_parameter_names"], [*trained_parameters(model, optimizer)]
+    if saved_names != names:
+        changed = sorted(set(saved_names) ^ set(names)) or names
+        raise ValueError(f"{start.path}: its optimizer trains other parameters, the first {changed[0]}")
+    if "optimizer_state_dict" in checkpoint:
+        _load_moments(optimizer, checkpoint["optimizer_state_dict"]["state"])
+    else:
+        sharded.load(start.path, model, optimizer)
+    if scaler is not None and checkpoint.get("loss_scaler_state_dict") is not None:
+        scaler.load_state_dict(checkpoint["loss_scaler_state_dict"])
+    if len(checkpoint["random_states"]) == world.world_size:
+        random_state = checkpoint["random_states"][world.rank]
+        torch.set_rng_state(random_state["cpu"])
+        if random_state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_state["cuda"])
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads copies of the moments, or of this rank's part of them; learning rate and weight decay stay those of the
-    flags."""
+def _load_moments(optimizer: Optimizer, moments: dict[int, dict[str, Any]]) -> None:
+    """Loads copies of whole `moments`, by parameter's index, each sharded as its parameter is. All settings stay those of the flags."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        index: {key: _shard_like(torch.as_tensor(value), parameters[index]) for key, value in of.items()}
-        for index, of in state["state"].items()
-    }
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
+    state: dict[int, dict[str, torch.Tensor]] = {index: {} for index in moments}
+    for index, of in moments.items():
+        for key, value in of.items():
+            parameter = parameters[index]
+            # On the CPU a copy of what is mapped from the file; to a GPU it goes straight from there.
+            moment = torch.as_tensor(value).to(parameter.device, copy=True)
+            if isinstance(parameter, DTensor) and moment.ndim > 0:  # the number of steps is never sharded
+                # Every rank has the file, and takes its own part of it: nothing is sent.
+                moment = distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            state[index][key] = moment
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _shard_like(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a whole `moment`, sharded as its parameter is. (The number of steps, a scalar, never is.)"""
-    if not isinstance(parameter, DTensor) or moment.ndim == 0:
-        # On the CPU a copy of what is mapped from the file; to a GPU it goes straight from there.
-        return moment.to(parameter.device, copy=True)
-    # Every rank has the file, and takes its own part of it: nothing is sent.
-    moment = moment.to(parameter.device)
-    return distribute_tensor(moment, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _optimizer_state_of_reference(
-    checkpoint: dict[str, Any], model: Flamingo, optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """The reference's AdamW state for our parameters, or None where it is not of this model.
-
-    The reference numbers parameters as `build_optimizer` does. It trains the whole embedding matrix with the gradient
-    of other rows than the new ones set to zero, so the moments of our rows are rows of its moments.
-    """
-    ours = optimizer.state_dict()
-    theirs = checkpoint["optimizer_state_dict"]
-    sizes = [len(group["params"]) for group in ours["param_groups"]]
+def _moments_of_reference(theirs: dict, model: Flamingo, optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The moments of the reference's AdamW for our parameters, none where they are not of this model. It numbers parameters as
+    `build_optimizer` does, and trains the whole embedding matrix, with the gradient of other rows than the new ones set to zero: the
+    moments of our rows are rows of its moments."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != [len(group["params"]) for group in theirs.get("param_groups", ())]:
-        return None
-    names = parameter_names(model, optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {}
-    for index, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        moments = dict(theirs["state"].get(index, {}))
+        return {}
+    moments = {}
+    for index, (name, parameter) in enumerate(trained_parameters(model, optimizer).items()):
+        moments[index] = dict(theirs["state"].get(index, {}))
         for key in ("exp_avg", "exp_avg_sq"):
-            if key not in moments:
-                return None
-            if name.endswith(ROWS):
-                moments[key] = moments[key][model.get_submodule(name.removesuffix(ROWS)).new_ids]
-            if moments[key].shape != parameter.shape:
-                return None
-        state[index] = moments
-    return {"state": state, "param_groups": ours["param_groups"]}
+            moment = moments[index].get(key)
+            if moment is not None and name.endswith(ROWS):
+                moment = moment[model.get_submodule(name.removesuffix(ROWS)).new_ids.to(moment.device)]
+            if moment is None or moment.shape != parameter.shape:
+                return {}
+            moments[index][key] = moment
+    return moments

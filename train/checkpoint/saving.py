@@ -1,28 +1,30 @@
 """Saving the run while training goes on."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from open_flamingo import Flamingo
+from open_flamingo.language_model import heads_are_tied
 from open_flamingo.train.checkpoint import files
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
-from open_flamingo.train.checkpoint.sharded import ShardedSaver
+from open_flamingo.train.checkpoint.sharded import start_sharded
 from open_flamingo.train.distributed import raise_on_all_ranks
 from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.health import check_finite
 from open_flamingo.train.parallel import full_tensor
 from open_flamingo.train.schedule import Progress
 from open_flamingo.train.watchdog import Watchdog
-from open_flamingo.weights import trained_tensors
+from open_flamingo.weights import embedding_name, head_name, trained_tensors
 
 log = logging.getLogger(__name__)
 
@@ -32,58 +34,69 @@ class Checkpoints:
 
     Args:
         ask_to_stop: called at once, on rank 0, when a checkpoint could not be written and --save_errors is stop.
-        upload: called with each file that is on disk.
-
-    Attributes:
-        problem: why the last checkpoint could not be written, None if it was.
+        upload: called with each one that is on disk.
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        watchdog: Watchdog,
-        ask_to_stop: Callable[[], None],
-        upload: Callable[[Path], None] | None,
+        self, state: TrainState, watchdog: Watchdog, ask_to_stop: Callable[[], None], upload: Callable[[Path], None]
     ) -> None:
-        self.problem: str | None = None
+        self.problem: str | None = None  # why the last one could not be written
         self._state = state
         self._watchdog = watchdog
-        self._is_sharded = state.args.checkpoint_format == "sharded"
+        self._ask_to_stop = ask_to_stop
+        self._upload = upload
         self._stops = state.args.save_errors == "stop"
-        failed = ask_to_stop if self._stops else None  # otherwise it would know only at the next save
-        only_newest = state.args.delete_previous_checkpoint
-        self._saver: ShardedSaver | FileSaver
-        if self._is_sharded:
-            self._saver = ShardedSaver(only_newest, failed)
-        else:
-            self._saver = FileSaver(only_newest, failed, upload)
+        self._is_sharded = state.args.checkpoint_format == "sharded"
+        self._start: Callable[..., Callable[[], None]] = partial(start_file, {})
+        if self._is_sharded:  # with a process group of its own: the training goes on using the other
+            self._start = partial(start_sharded, dist.new_group(backend="gloo"))
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
 
     def save(self, progress: Progress) -> None:
         """Starts to write; returns once the tensors are copied to host memory."""
-        state, trainer = self._state, self._state.trainer
+        state, optimizer = self._state, self._state.trainer.optimizer
         path = files.checkpoint_path(Path(state.args.run_name), progress, self._is_sharded)
         self._watchdog.set_phase(f"update {progress.step}, saving {path}", limited=False)
         with user_error("nothing is saved, and training ends"), raise_on_all_ranks():
-            check_finite(state.model, trainer.optimizer)
+            check_finite(state.model, optimizer)
         self.finish()  # the one before
-        for group in trainer.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = state.plan.rate_after(progress)  # of the next update, as the reference saves it
-        contents = resume_state(state, progress)
-        self._write(partial(self._saver.save, state.model, trainer.optimizer, contents, path))
+        with self._save_errors():
+            write = self._start(state.model, optimizer, resume_state(state, progress), path)
+            self._written = self._thread.submit(self._write, write, path)
+
+    def _write(self, write: Callable[[], None], path: Path) -> None:
+        try:
+            write()
+            if self._state.world.is_main:
+                files.prune(path.parent, path, self._state.args.delete_previous_checkpoint)
+        except BaseException:
+            if self._stops and self._state.world.is_main:
+                self._ask_to_stop()  # otherwise the run would know only at the next save
+            raise
+        log.info("saved %s", path)
+        self._upload(path)
 
     def finish(self) -> None:
         """Waits for what is still being written."""
-        self._write(self._saver.finish)
+        with self._save_errors():
+            written, self._written = self._written, None
+            if written is not None:
+                written.result()
 
     def close(self) -> None:
         """When the run ends with an error: waits for what this process can finish by itself."""
-        self._saver.close()
+        if self._written is not None and not self._is_sharded and (error := self._written.exception()):
+            log.error("a checkpoint could not be written: %s", error)
 
-    def _write(self, function: Callable[[], None]) -> None:
-        """Calls `function` on every rank; where it fails on any, ends the run or only warns, as --save_errors says."""
+    @contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """Where what is within fails on any rank, ends the run or only warns, as --save_errors says."""
         try:
             with raise_on_all_ranks():
-                function()
+                yield
             self.problem = None
         except (ValueError, OSError) as error:
             self.problem = f"a checkpoint could not be written: {error}. The ones before it are whole"
@@ -94,112 +107,39 @@ class Checkpoints:
             log.warning("%s; training goes on (--save_errors warn)", self.problem)
 
 
-CopyFn = Callable[[str, Tensor], Tensor]  # name and tensor → what a checkpoint holds of it
-
-
-class FileSaver:
-    """Writes checkpoints of one file in the background, one at a time. Every rank makes one, and makes the same calls.
-
-    Training stands still while rank 0 copies the tensors into memory of the host, which it keeps for the next checkpoint: on a
-    GPU, page-locked memory.
+def start_file(
+    copies: dict[str, Tensor], model: Flamingo, optimizer: Optimizer, state: dict[str, Any] | None, path: Path
+) -> Callable[[], None]:
+    """Copies the tensors of a checkpoint of one file to host memory; training stands still until then. Every rank calls this.
 
     Args:
-        failed: called at once, on rank 0, when a checkpoint could not be written; `finish` says why.
-        saved: called with each checkpoint that is on disk.
+        copies: that memory, by name, as the checkpoint before has left it; empty for the first.
+        state: what is not a tensor, on rank 0; None on others.
+
+    Returns what writes the file, in the background, and raises OSError where it cannot.
     """
 
-    def __init__(
-        self,
-        only_newest: bool,
-        failed: Callable[[], None] | None = None,
-        saved: Callable[[Path], None] | None = None,
-    ) -> None:
-        self._only_newest = only_newest
-        self._failed = failed
-        self._saved = saved
-        self._copies: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[None] | None = None
+    def copy(name: str, tensor: Tensor) -> Tensor | None:
+        if state is None:  # sharded tensors are gathered one at a time: other ranks than 0 take part, and keep nothing
+            return None
+        if name not in copies:
+            try:
+                copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            except RuntimeError:  # the machine has a limit of page-locked memory
+                copies[name] = torch.empty_like(tensor, device="cpu")
+        return copies[name].copy_(tensor, non_blocking=True)
 
-    def save(self, model: Flamingo, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:
-        """Starts to write; returns once the tensors are copied to host memory. Call `finish` before.
-
-        Args:
-            state: what is not a tensor, on rank 0; None on others.
-        """
-        copy_fn = None if state is None else self._copy
-        tensors = {
-            "model_state_dict": _gather_weights(model, copy_fn),
-            "optimizer_state_dict": _gather_optimizer(optimizer, copy_fn),
-        }
-        if state is None:
-            return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # until the copies are there
-        self._written = self._thread.submit(self._write, state | tensors, path)
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        copy = self._copies.get(name)
-        if copy is None:
-            copy = self._copies[name] = _host_memory(tensor)
-        return copy.copy_(tensor, non_blocking=True)
-
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        try:
-            files.save(checkpoint, path)
-            files.prune(path.parent, path, self._only_newest)
-        except BaseException:
-            if self._failed is not None:
-                self._failed()
-            raise
-        log.info("saved %s", path)
-        if self._saved is not None:
-            self._saved(path)
-
-    def finish(self) -> None:
-        """Waits for the last checkpoint. Raises OSError where it could not be written."""
-        written, self._written = self._written, None
-        if written is not None:
-            written.result()
-
-    def close(self) -> None:
-        try:
-            self.finish()
-        except Exception as error:
-            log.error("a checkpoint could not be written: %s", error)
-
-
-def _host_memory(tensor: Tensor) -> Tensor:
-    """Uninitialized memory for a copy of `tensor`, page-locked where that speeds the copy up."""
-    try:
-        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    except RuntimeError:  # the machine has a limit of page-locked memory
-        return torch.empty_like(tensor, device="cpu")
-
-
-def _gather_weights(model: Flamingo, copy_fn: CopyFn | None) -> dict[str, Tensor]:
-    """What a checkpoint keeps of the model; nothing without `copy_fn`. Every rank must call this."""
-    weights: dict[str, Tensor] = {}
-    last = copy = None
-    for name, tensor in trained_tensors(model, full_tensor):
-        if copy_fn is not None:
-            if tensor is not last:  # a tied matrix comes twice, and is stored once
-                copy = copy_fn(f"model/{name}", tensor)
-            assert copy is not None
-            weights[name] = copy
-            last = tensor  # no more: of a sharded model each is whole on the device
-    return weights
-
-
-def _gather_optimizer(optimizer: torch.optim.Optimizer, copy_fn: CopyFn | None) -> dict[str, Any]:
-    """The optimizer's state with whole moments; empty moments without `copy_fn`. Sharded moments are gathered one at a time,
-    so every rank must call this."""
-    state = optimizer.state_dict()
-    moments: dict[int, dict[str, Any]] = {}
-    for index, of in state["state"].items():
-        moments[index] = {}
-        for key, value in of.items():
-            gathered = full_tensor(value)
-            if copy_fn is not None:
-                moments[index][key] = copy_fn(f"optimizer/{index}/{key}", gathered)
-    return {"state": moments, "param_groups": state["param_groups"]}
+    tied = head_name(model) if heads_are_tied(model.lang_encoder) else None
+    tensors = trained_tensors(model, full_tensor)
+    weights = {name: copy(f"model/{name}", tensor) for name, tensor in tensors if name != tied}
+    if tied is not None:
+        weights[tied] = weights[embedding_name(model)]  # stored once
+    optimizer_state = optimizer.state_dict()
+    for index, moments in optimizer_state["state"].items():
+        copied = {key: copy(f"optimizer/{index}/{key}", full_tensor(value)) for key, value in moments.items()}
+        optimizer_state["state"][index] = copied
+    if state is None:
+        return lambda: None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # until the copies are there
+    return partial(files.save, state | {"model_state_dict": weights, "optimizer_state_dict": optimizer_state}, path)
