@@ -16,12 +16,17 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        move(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def move(beside: Path, path: Path) -> None:
+    """Gives a file or folder its name, which survives a loss of power."""
+    os.replace(beside, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # so that the new name survives a loss of power
+        os.fsync(folder)
     finally:
         os.close(folder)

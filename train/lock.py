@@ -71,7 +71,7 @@ def _wait_until_dead(path: Path) -> None:
     """Returns once the lock is known to be a dead run's. Raises ValueError if that run lives."""
     owner = _read(path)
     if owner.get("machine") == _machine():
-        alive = owner["process_start"] is not None and owner["process_start"] == _start_time(owner["pid"])
+        alive = owner.get("process_start") is not None and owner["process_start"] == _start_time(owner["pid"])
     else:
         log.info("waiting for %g s to see whether the run on %s still lives", PATIENCE, owner.get("host"))
         alive, deadline = False, time.monotonic() + PATIENCE

@@ -121,8 +121,11 @@ def fingerprint(path: Path) -> str:
     """Tells the checkpoint at `path` from all others, under whatever name it lies: made of the checksums of its parts."""
     if not zipfile.is_zipfile(path):
         return sha256(path / SUMS if path.is_dir() else path)
-    with zipfile.ZipFile(path) as archive:
-        entries = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [(entry.filename, entry.CRC, entry.file_size) for entry in archive.infolist()]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 

@@ -8,7 +8,6 @@
 The folder is written beside its place and renamed once every rank has finished. train/sharded.py makes one file of it.
 """
 
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from torch.optim import Optimizer
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied, input_embedding
+from open_flamingo.train.atomic import atomic_write, move
 from open_flamingo.train.checkpoint import SHARDED_STATE, files
 from open_flamingo.train.distributed import raise_on_all_ranks
 from open_flamingo.train.optimizer import trained_parameters
@@ -74,11 +74,12 @@ def start_sharded(
         if state is not None:
             parts = sorted(beside.glob(f"{files.SUMS}.*"))
             lines = [*(part.read_text() for part in parts), files.sums(beside, (".metadata", SHARDED_STATE))]
-            (beside / files.SUMS).write_text("".join(lines))
+            with atomic_write(beside / files.SUMS) as file:
+                file.write("".join(lines).encode())
             for part in parts:
                 part.unlink()
             shutil.rmtree(path, ignore_errors=True)  # of a run that was told to start from an earlier one
-            os.replace(beside, path)
+            move(beside, path)
 
     return finish
 
