@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from open_flamingo.train.arguments import build_parser
-from open_flamingo.train.flag_checks import check_epoch_lengths
+from open_flamingo.train.arguments import build_parser, check_epoch_lengths
 from tests.tiny import ROOT
 
 # name: default, of open-flamingo 2.0.1. --tokenizer_path differs on purpose: facebook/opt-30b there, --lm_path's here.

@@ -94,7 +94,7 @@ WRONG: dict[str, dict[str, str]] = {
         " ": "is empty",
         "{tmp}/a_file": "is a file",
         "{tmp}/a_file/run": "which is a file",
-        "x" * 300: "choose another",
+        "x" * 300: "File name too long",
     },
     "--resume_from_checkpoint": {
         "": "no such file",

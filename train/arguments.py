@@ -1,19 +1,24 @@
-"""The command line: every flag and its help. flag_checks.py has the checks that argparse cannot make.
+"""The command line: every flag with its help, and the checks that argparse cannot make.
 
-Only the standard library is imported here, so `--help` and a wrong flag answer at once. `parse_args` returns a
-namespace that nothing changes afterwards; what is derived from it is computed where it is used.
+Nothing heavy is imported here, so `--help` and a wrong flag answer at once. `parse_args` returns a namespace that nothing changes
+afterwards; what is derived from it is computed where it is used.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
-from open_flamingo.train.flag_checks import check_flags
+from open_flamingo.backbones import check_language_model, check_tokenizer, check_vision_encoder, check_vision_weights
+from open_flamingo.train.checkpoint import SHARDED_STATE
+from open_flamingo.train.data.shards import check_shards
 
 # A checkpoint made with another value of one of these describes another model or another order of samples.
 MODEL_FLAGS = (
@@ -25,71 +30,42 @@ DATA_FLAGS = (
     *("mmc4_min_num_images", "max_image_pixels", "shuffle_buffer_laion", "shuffle_buffer_mmc4"),
 )
 
-LARGEST_SEED = 2**32 - 1  # NumPy's, and so the reference's
-YEAR = 365 * 24 * 3600
-BACKENDS = ("nccl", "gloo", "mpi", "ucc")
+# The rank of this process, as launchers say it: see `distributed.LAUNCHERS`.
+RANK_VARIABLES = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
-T = TypeVar("T", int, float)
-Add = Callable[..., Any]
+T = TypeVar("T")
 
 
-def _number(convert: Callable[[str], T], what: str, text: str, valid: Callable[[T], bool]) -> T:
-    """`text` as a number that is `valid`; argparse.ArgumentTypeError, which argparse prefixes with the flag, otherwise."""
-    try:
-        value = convert(text)
-        if valid(value):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+def _type(what: str, convert: Callable[[str], T], valid: Callable[[T], object]) -> Callable[[str], T]:
+    """A flag's type. argparse puts the flag before the message of an ArgumentTypeError."""
+
+    def parse(text: str) -> T:
+        with suppress(ValueError):
+            if valid(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+
+    return parse
 
 
-def positive_int(text: str) -> int:
-    return _number(int, "a whole number of at least 1", text, lambda value: value >= 1)
-
-
-def non_negative_int(text: str) -> int:
-    return _number(int, "a whole number of at least 0", text, lambda value: value >= 0)
-
-
-def seed(text: str) -> int:
-    return _number(int, f"a whole number from 0 to {LARGEST_SEED}", text, lambda value: 0 <= value <= LARGEST_SEED)
-
-
-def finite_float(text: str) -> float:
-    return _number(float, "a finite number", text, math.isfinite)
-
-
-def non_negative_float(text: str) -> float:
-    return _number(float, "a finite number of at least 0", text, lambda value: 0 <= value < math.inf)
-
-
-def seconds(text: str) -> float:
-    # NCCL and gloo count in milliseconds, in 64 bits; a year is more than anyone waits.
-    return _number(float, f"seconds, above 0 and at most {YEAR}", text, lambda value: 0 < value <= YEAR)
-
-
-def dist_url(text: str) -> str:
-    if text != "env://" and not re.fullmatch(r"tcp://(\[[^\[\]]+\]|[^\s:/\[\]]+):\d{1,5}|file:///.+", text):
-        raise argparse.ArgumentTypeError(
-            f"must be env://, tcp://<host of rank 0>:<free port> or file:///<a new file that all ranks see>, not {text!r}"
-        )
-    return text
-
-
-def dist_backend(text: str) -> str:
-    """One of BACKENDS; or, as torch takes it, one for each kind of device: cpu:gloo,cuda:nccl."""
-    known = "|".join(BACKENDS)
-    if not re.fullmatch(f"({known})|(cpu|cuda):({known})(,(cpu|cuda):({known}))*", text.lower()):
-        raise argparse.ArgumentTypeError(f"must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, not {text!r}")
-    return text.lower()
-
-
-def wandb_name(text: str) -> str | None:
-    """Empty is None: scripts pass variables that may not be set."""
-    if re.search(r"[/\\#?%:]", text) or len(text) > 128:
-        raise argparse.ArgumentTypeError(f"must have at most 128 characters and none of / \\ # ? % :, is {text!r}")
-    return text or None
+positive_int = _type("a whole number of at least 1", int, lambda value: value >= 1)
+non_negative_int = _type("a whole number of at least 0", int, lambda value: value >= 0)
+seed = _type("a whole number from 0 to 4294967295", int, lambda value: 0 <= value < 2**32)  # NumPy's range
+finite_float = _type("a finite number", float, math.isfinite)
+non_negative_float = _type("a finite number of at least 0", float, lambda value: 0 <= value < math.inf)
+# NCCL and gloo count milliseconds, in 64 bits; a year is more than anyone waits.
+seconds = _type("seconds, above 0 and at most 31536000", float, lambda value: 0 < value <= 365 * 24 * 3600)
+_URL = re.compile(r"env://|tcp://(\[[^\[\]]+\]|[^\s:/\[\]]+):\d{1,5}|file:///.+")
+dist_url = _type("env://, tcp://<host of rank 0>:<free port> or file:///<new file all ranks see>", str, _URL.fullmatch)
+# As torch takes it: one backend, or one for each kind of device, as in cpu:gloo,cuda:nccl.
+_BACKEND = "(nccl|gloo|mpi|ucc)"
+_BACKENDS = re.compile(f"{_BACKEND}|(cpu|cuda):{_BACKEND}(,(cpu|cuda):{_BACKEND})*")
+dist_backend = _type("nccl, gloo, mpi or ucc", str.lower, _BACKENDS.fullmatch)
+wandb_name = _type(
+    "at most 128 characters and none of / \\ # ? % :",
+    lambda text: text or None,  # scripts pass variables that may not be set
+    lambda name: re.fullmatch(r"[^/\\#?%:]{0,128}", name or ""),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,58 +76,40 @@ class _Parser(argparse.ArgumentParser):
         if match := re.fullmatch(r"(\S+): expected one argument", message):
             message = f"{match[1]}: needs a value; one that begins with '-' is written {match[1]}=-value"
         elif match := re.fullmatch(r"(\S+): ignored explicit argument (.*)", message, re.DOTALL):
-            message = (
-                f"{match[1]}: takes no value, got {match[2]}; the flag alone turns it on, and without it it is off"
-            )
+            message = f"{match[1]}: takes no value, got {match[2]}; give it alone to turn it on, or leave it out"
+        elif message.startswith("unrecognized arguments: "):
+            message = self._suggest(message.split(" ")[2:])
         line = message.replace("\r", "\\r").replace("\n", "\\n")
         self.exit(2, f"{self.prog}: error: {line}\n")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if not unknown:
-            return parsed
+    def _suggest(self, unknown: list[str]) -> str:
         flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
         if flag is None:
-            self.error(
-                f"{unknown[0]!r} belongs to no flag: a flag takes one value or none. Shard patterns must be in quotes, so that "
-                "the shell leaves their braces and stars alone"
-            )
+            return f"{unknown[0]!r} belongs to no flag: a flag takes one value at most. Put shard patterns in quotes"
         near = get_close_matches(flag, re.findall(r"--[\w-]+", self.format_help()), n=1)
-        self.error(f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "--help lists all flags"))
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Default values in the help, but not `(default: None)` or `(default: False)`, which say nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "--help lists all flags")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="open-flamingo-train",
         description="Train an OpenFlamingo-style vision-language model on LAION and MMC4 WebDataset shards.",
-        formatter_class=_Formatter,
     )
-    shards = (
-        "Shards are brace patterns, '*.tar', or '@list.txt' with one of these per line, several joined by '::'; local paths, "
-        "http(s)://, s3:// or pipe:<command>."
-    )
-    _add_model_flags(parser.add_argument_group("model").add_argument)
-    _add_data_flags(parser.add_argument_group("data", shards).add_argument)
-    _add_optimization_flags(parser.add_argument_group("optimization").add_argument)
-    _add_run_flags(parser.add_argument_group("run and checkpoints").add_argument)
-    _add_precision_flags(parser.add_argument_group("precision and memory").add_argument)
-    _add_distributed_flags(parser.add_argument_group("distributed").add_argument)
-    _add_reporting_flags(parser.add_argument_group("reporting").add_argument)
+    _add_model_and_data_flags(parser)
+    _add_training_flags(parser)
+    _add_distributed_and_reporting_flags(parser)
+    for action in parser._actions:  # `(default: None)` and `(default: False)` would say nothing
+        if action.help and action.default not in (None, False, argparse.SUPPRESS):
+            action.help += " (default: %(default)s)"
     return parser
 
 
-# A flag is two lines or three, its help among them.
+# A flag is one line to three, its help among them.
 # fmt: off
 
 
-def _add_model_flags(add: Add) -> None:
+def _add_model_and_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
     add("--vision_encoder_path", default="ViT-L-14",
         help="OpenCLIP model name, hf-hub:<repo>, local-dir:<folder>, or the path of an OpenCLIP model config (.json)")
     add("--vision_encoder_pretrained", default="openai",
@@ -166,13 +124,13 @@ def _add_model_flags(add: Add) -> None:
     add("--train_output_rows", action="store_true",
         help="where the output head is not tied to the input embeddings: train its rows of the new tokens too")
 
-
-def _add_data_flags(add: Add) -> None:
+    add = parser.add_argument_group(
+        "data", "Shards are brace patterns, '*.tar', or '@list.txt' with one of these per line, several joined by '::'; local paths, "
+        "http(s)://, s3:// or pipe:<command>.").add_argument
     add("--laion_shards", help="image-caption shards, e.g. /data/laion/{00000..01000}.tar")
     add("--mmc4_shards", help="interleaved-document shards, e.g. s3://bucket/mmc4/{000..999}.tar")
     add("--missing_shards", choices=["warn", "stop"], default="warn",
-        help="when local shards of a pattern do not exist: warn and train on the others while at least 90 %% exist, "
-        "or stop")
+        help="when local shards of a pattern do not exist: warn and train on the others while at least 90 %% exist, or stop")
     add("--batch_size_laion", type=positive_int, default=128, help="pairs per rank and forward pass")
     add("--batch_size_mmc4", type=positive_int, default=128, help="documents per rank and forward pass")
     add("--train_num_samples_laion", type=positive_int, default=10000, help="pairs per epoch, all ranks together")
@@ -185,8 +143,7 @@ def _add_data_flags(add: Add) -> None:
         help="drop images whose similarity to their sentence is less; in the unit of the shards' similarity_matrix")
     add("--mmc4_max_num_images", type=positive_int, default=6, help="images used per document, the first in its text")
     add("--mmc4_min_num_images", type=positive_int, default=1, help="documents with fewer usable images are dropped")
-    add("--max_image_pixels", type=positive_int, default=100_000_000,
-        help="larger images are dropped and counted, never decoded")
+    add("--max_image_pixels", type=positive_int, default=100_000_000, help="larger images are dropped and counted, never decoded")
     add("--data_lanes", type=positive_int,
         help="deterministic streams of shards that the samples are dealt from; ranks x workers must divide it. The "
         "order of samples depends on it and on --seed alone. Default: the smallest power of two that is at least 16 "
@@ -197,7 +154,8 @@ def _add_data_flags(add: Add) -> None:
         help="documents (undecoded, from 0.3 to many MB each) that each lane shuffles among. 1 turns shuffling off")
 
 
-def _add_optimization_flags(add: Add) -> None:
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimization").add_argument
     add("--num_epochs", type=positive_int, default=1, help="an epoch is --train_num_samples_*, not a pass over shards")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches of each dataset per update")
     add("--learning_rate", type=non_negative_float, default=1e-4, help="at the end of warm-up")
@@ -210,8 +168,7 @@ def _add_optimization_flags(add: Add) -> None:
         help="stop after so many updates in a row whose loss or gradient is not finite")
     add("--seed", type=seed, default=42, help="of new weights and of the order of the data")
 
-
-def _add_run_flags(add: Add) -> None:
+    add = parser.add_argument_group("run and checkpoints").add_argument
     add("--run_name", default="openflamingo3B",
         help="output folder and name of the run; starting again with the same one goes on from its newest checkpoint")
     add("--resume_from_checkpoint",
@@ -228,8 +185,7 @@ def _add_run_flags(add: Add) -> None:
     add("--save_errors", choices=["stop", "warn"], default="stop",
         help="when a checkpoint cannot be written: stop, or warn and train on")
 
-
-def _add_precision_flags(add: Add) -> None:
+    add = parser.add_argument_group("precision and memory").add_argument
     add("--precision", choices=["fp32", "amp_bf16", "amp_bfloat16", "bf16", "fp16"], default="fp32",
         help="amp_bf16 (or amp_bfloat16): matrix products in bfloat16, trained weights and optimizer in float32. "
         "fp16: the same in float16, with a loss scale that adapts; an update whose gradients overflow is skipped but "
@@ -244,7 +200,8 @@ def _add_precision_flags(add: Add) -> None:
         "some minutes of compiling at the start. Needs a C compiler")
 
 
-def _add_distributed_flags(add: Add) -> None:
+def _add_distributed_and_reporting_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("distributed").add_argument
     add("--dist-url", type=dist_url, default="env://",
         help="where the ranks meet, e.g. tcp://<host of rank 0>:<free port>. env://: at MASTER_ADDR and MASTER_PORT; "
         "where these are not set, SLURM tells, and on one node Open MPI and horovodrun")
@@ -254,8 +211,7 @@ def _add_distributed_flags(add: Add) -> None:
         help="seconds without a batch after which a loader counts as hung while training; the other ranks wait a "
         "quarter longer for its rank before they end the job")
     add("--startup_timeout", type=seconds, default=3600.0,
-        help="the same before the first update is done: rank 0 may download the model, verify a checkpoint and "
-        "compile")
+        help="the same before the first update is done: rank 0 may download the model, verify a checkpoint and compile")
     add("--horovod", action="store_true", help="accepted and ignored: horovodrun is known by its variables")
     add("--no-set-device-rank", action="store_true", help="use device 0 in every process")
     add("--fsdp", action="store_true",
@@ -270,8 +226,7 @@ def _add_distributed_flags(add: Add) -> None:
         help="replicate: keep the frozen weights whole on every rank. Costs their memory and saves gathering them in "
         "every pass, forward and backward; pays where the frozen model fits beside the rest and links are slow")
 
-
-def _add_reporting_flags(add: Add) -> None:
+    add = parser.add_argument_group("reporting").add_argument
     add("--logging_steps", type=positive_int, default=100, help="a log line every N updates")
     add("--offline", action="store_true", help="no hub downloads, and W&B writes to disk only")
     add("--report_to_wandb", action="store_true", help="log to Weights & Biases")
@@ -293,3 +248,90 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except (ValueError, OSError) as error:  # OSError: a name that is too long, say
         parser.error(str(error))
     return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """What must be right beside the flags' types: data, folders and names that go together. Needs no model, GPU or network.
+
+    Raises ValueError or OSError, naming the flag and what to do.
+    """
+    kinds = [kind for kind in ("laion", "mmc4") if getattr(args, f"{kind}_shards") is not None]
+    if not kinds:
+        raise ValueError("no data: give --laion_shards, --mmc4_shards or both")
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
+    for kind in kinds if rank == "0" else ():  # other ranks get the list from rank 0
+        check_shards(f"--{kind}_shards", getattr(args, f"{kind}_shards"), args.missing_shards)
+    if len(kinds) == 2:
+        check_epoch_lengths(
+            *(args.train_num_samples_laion, args.batch_size_laion, args.train_num_samples_mmc4, args.batch_size_mmc4)
+        )
+    least, most = args.mmc4_min_num_images, args.mmc4_max_num_images
+    if least > most:
+        raise ValueError(
+            f"--mmc4_min_num_images {least} is more than --mmc4_max_num_images {most}: every document would be dropped"
+        )
+    if not any(getattr(args, f"loss_multiplier_{kind}") for kind in kinds):
+        weights = " and ".join(f"--loss_multiplier_{kind}" for kind in kinds)
+        raise ValueError(f"{weights} 0: there is no loss to train on; give a number above 0")
+    tokenizer, tokenizer_flag = args.tokenizer_path, "--tokenizer_path"
+    if tokenizer is None:
+        tokenizer, tokenizer_flag = args.lm_path, "--tokenizer_path (not given, so that of --lm_path)"
+    for flag, check, *values in (
+        ("--vision_encoder_path", check_vision_encoder, args.vision_encoder_path),
+        ("--vision_encoder_pretrained", check_vision_weights, args.vision_encoder_pretrained, args.vision_encoder_path),
+        ("--lm_path", check_language_model, args.lm_path),
+        (tokenizer_flag, check_tokenizer, tokenizer),
+        ("--run_name", check_run_folder, args.run_name),
+        ("--resume_from_checkpoint", check_checkpoint, args.resume_from_checkpoint),
+    ):
+        try:
+            check(*values)
+        except (ValueError, OSError) as error:  # OSError: a name that is too long, say
+            raise ValueError(f"{flag}: {error}") from error
+    if args.save_checkpoints_to_wandb and not args.report_to_wandb:
+        raise ValueError("--save_checkpoints_to_wandb needs --report_to_wandb")
+    if args.save_checkpoints_to_wandb and args.checkpoint_format == "sharded":
+        raise ValueError("--save_checkpoints_to_wandb uploads files: it needs --checkpoint_format file")
+    if args.fsdp_shard_size and not (args.fsdp and args.fsdp_sharding_strategy == "hybrid"):
+        raise ValueError(f"--fsdp_shard_size {args.fsdp_shard_size} needs --fsdp --fsdp_sharding_strategy hybrid")
+
+
+def check_epoch_lengths(samples_laion: int, batch_laion: int, samples_mmc4: int, batch_mmc4: int) -> None:
+    """The reference's rule: one epoch is the same number of batches of both datasets."""
+    batches_laion, batches_mmc4 = samples_laion // batch_laion, samples_mmc4 // batch_mmc4
+    if batches_laion == batches_mmc4:
+        return
+    # The nearest to what was given that hold as many whole batches as the other dataset.
+    laion = min(max(samples_laion, batches_mmc4 * batch_laion, 1), (batches_mmc4 + 1) * batch_laion - 1)
+    mmc4 = min(max(samples_mmc4, batches_laion * batch_mmc4, 1), (batches_laion + 1) * batch_mmc4 - 1)
+    raise ValueError(
+        f"an epoch must be the same number of batches of both datasets, but --train_num_samples_laion {samples_laion} "
+        f"// --batch_size_laion {batch_laion} = {batches_laion} and --train_num_samples_mmc4 {samples_mmc4} "
+        f"// --batch_size_mmc4 {batch_mmc4} = {batches_mmc4}. The nearest that agree: --train_num_samples_mmc4 {mmc4}, or "
+        f"--train_num_samples_laion {laion}"
+    )
+
+
+def check_run_folder(run_name: str) -> None:
+    """Raises ValueError or OSError where the run's folder cannot be made or written to."""
+    if not run_name.strip():
+        raise ValueError(f"{run_name!r} is empty: it names the output folder")
+    folder = Path(run_name).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{run_name} would need a folder {existing}, which is a file: choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{run_name}: the folder {existing} cannot be written to: choose another")
+
+
+def check_checkpoint(path: str | None) -> None:
+    """Raises ValueError where there is no checkpoint at `path`."""
+    if path is None:
+        return
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, SHARDED_STATE)):
+            raise ValueError(f"{path} is no checkpoint: give a file, or a folder with a {SHARDED_STATE} in it")
+    elif not os.path.isfile(path):
+        raise ValueError(f"no such file: {path!r}; without this flag a run goes on from its own newest checkpoint")
+    elif not os.access(path, os.R_OK):
+        raise ValueError(f"{path} cannot be read: no permission")

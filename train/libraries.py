@@ -24,65 +24,51 @@ TESTED = {
 
 def with_versions(problem: object) -> str:
     """`problem`, and what is installed beside what was tested."""
-    libraries = ", ".join(f"{name} {_version(name)} ({old} to {new} are tested)" for name, (old, new) in TESTED.items())
-    return f"{problem}. This is {libraries}. `pip install -c constraints.txt '.[training]'` installs tested versions"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
+    libraries = []
+    for name, (old, new) in TESTED.items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            installed = "missing"
+        libraries.append(f"{name} {installed} ({old} to {new} are tested)")
+    tested = "`pip install -c constraints.txt '.[training]'` installs tested versions"
+    return f"{problem}. This is {', '.join(libraries)}. {tested}"
 
 
 def check_libraries(device: torch.device, compiled: bool) -> None:
-    """Raises ValueError where training would be wrong or could not begin; warns of what only makes it slower.
+    """Raises ValueError where training on `device` would be wrong or could not begin; warns of what only makes it slower."""
+    import open_clip
+    import torch
 
-    Args:
-        device: of the training.
-        compiled: whether the model will be.
-    """
+    from open_flamingo.train.data.images import image_spec
+
     if not adamw_scales_and_skips(device):
         problem = "torch's fused AdamW no longer follows `grad_scale` and `found_inf`: gradients would not be clipped"
         raise ValueError(with_versions(problem))
-    if compiled and not has_compiler_settings():
+    if compiled and not (
+        hasattr(torch._dynamo.config, "optimize_ddp") and hasattr(torch.compiler.config, "recompile_limit")
+    ):
         raise ValueError(with_versions("torch's compiler has other settings: train without --compile"))
-    if not knows_image_transform():
+    if image_spec(open_clip.image_transform(224, is_train=False)) is None:
         problem = "OpenCLIP's image transform has other parts: it prepares images itself, at half the speed or less"
         log.warning("%s", with_versions(problem))
 
 
 def adamw_scales_and_skips(device: torch.device) -> bool:
-    """Whether AdamW within `optimizer.clipping` divides gradients by what it should, and skips a step whose norm is not finite."""
+    """Whether AdamW within `optimizer.clipping` divides gradients as it should, and skips a step whose norm is not finite."""
     import torch
-    from torch import nn
 
     from open_flamingo.train.optimizer import build_optimizer, clipping
 
-    model = nn.Linear(1, 1, bias=False, device=device)
+    model = torch.nn.Linear(1, 1, bias=False, device=device)
     optimizer = build_optimizer(model, learning_rate=1.0, weight_decay=0.0)
-    before = model.weight.detach().clone()
-    model.weight.grad = torch.full_like(before, 8.0)
-    with clipping(optimizer, torch.tensor(float("inf"), device=device), max_norm=1.0, scale=1.0):
-        optimizer.step()
-    skipped = torch.equal(model.weight, before)
-    with clipping(optimizer, torch.tensor(2.0, device=device), max_norm=1.0, scale=2.0):
-        optimizer.step()
+    before = model.weight.item()
+    model.weight.grad = torch.full_like(model.weight, 8.0)
+    for norm in (torch.inf, 2.0):
+        with clipping(optimizer, torch.tensor(norm, device=device), max_norm=1.0, scale=2.0):
+            optimizer.step()
+    # One step, of the learning rate.
     state = optimizer.state[model.weight]
     first_moment = 0.1 * 8.0 / (2.0 * 2.0)  # (1 - β1) · gradient / (scale · clipping)
-    return skipped and bool(((state["exp_avg"] - first_moment).abs() < 1e-4).all()) and int(state["step"]) == 1
-
-
-def has_compiler_settings() -> bool:
-    import torch
-
-    settings = ((torch._dynamo.config, "optimize_ddp"), (torch.compiler.config, "recompile_limit"))
-    return all(hasattr(config, name) for config, name in settings)
-
-
-def knows_image_transform() -> bool:
-    import open_clip
-
-    from open_flamingo.train.data.images import image_spec
-
-    return image_spec(open_clip.image_transform(224, is_train=False)) is not None
+    values = (state["step"].item(), state["exp_avg"].item(), before - model.weight.item())
+    return all(abs(value - right) < 1e-4 for value, right in zip(values, (1.0, first_moment, 1.0)))

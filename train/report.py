@@ -11,7 +11,8 @@ import secrets
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,30 +33,22 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT = 20.0
 
 
-class _TqdmHandler(logging.Handler):
-    """Writes to stderr, above a progress bar."""
+class _AboveBar:
+    """Stderr, above a progress bar."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-            sys.stderr.flush()
-        except Exception:  # a full disk, a closed terminal: as Python's handlers do
-            self.handleError(record)
+    def write(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr, end="")
 
 
 def setup_logging(rank: int) -> None:
     """Log lines on stderr, above the progress bar; other ranks than 0 log only errors, with their number."""
-    handler = _TqdmHandler()
+    handler = logging.StreamHandler(_AboveBar())
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     root = logging.getLogger("open_flamingo")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     root.propagate = False
-
-
-def count_line(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()))
 
 
 _PARTS = {"vision_encoder": "vision encoder", "perceiver": "resampler", "lang_encoder": "language model"}
@@ -91,7 +84,8 @@ def measure(
     datasets = trainer.datasets
     waited = sum(dataset.seconds_waited for dataset in datasets)
     ranks = gather_objects((waited, {dataset.kind: (dataset.dropped, dataset.errors) for dataset in datasets}))
-    values: dict[str, Any] = {"grad_norm": None if gradient_norm is None else _finite(gradient_norm.item())}
+    norm = math.nan if gradient_norm is None else gradient_norm.item()
+    values: dict[str, Any] = {"grad_norm": norm if math.isfinite(norm) else None}
     values["data_wait"] = max(waited for waited, _ in ranks) / seconds  # all wait for the slowest
     for dataset in datasets:
         kind = dataset.kind
@@ -107,121 +101,70 @@ def measure(
     return values
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 class Reporter:
-    """Logs to console, metrics.jsonl, W&B and TensorBoard. Does nothing on other ranks than 0.
-
-    Args:
-        active: whether this is rank 0.
-        step, total_steps: updates done before and at the end of this run.
-    """
+    """Logs to console, metrics.jsonl, W&B and TensorBoard, from update `step` to `total_steps`. No-op unless `active`: on rank 0."""
 
     def __init__(self, args: argparse.Namespace, active: bool, step: int, total_steps: int) -> None:
-        self._active = active
         self._total_steps = total_steps
-        self._metrics = self._tensorboard = self._wandb = None
         self._uploads = args.save_checkpoints_to_wandb
-        self._bar: tqdm | None = None
+        self._places: dict[str, Any] = {}  # what is reported to, by the name that warnings have for it
         if not active:
             return
         folder = Path(args.run_name)
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = _metrics_file(folder / "metrics.jsonl", step)
+        self._places["metrics.jsonl"] = _metrics_file(folder / "metrics.jsonl", step)
         if args.report_to_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._places["TensorBoard"] = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if args.report_to_wandb:
-            self._wandb = _start_wandb(args, folder)
-        # A bar only where somebody watches; a log file gets the log lines.
-        self._bar = tqdm(
-            total=total_steps,
-            initial=step,
-            disable=None,
-            dynamic_ncols=True,
-            smoothing=0.05,
-            bar_format="{n_fmt}/{total_fmt} |{bar:20}| left {remaining}{postfix}",
-        )
+            self._places["W&B"] = _start_wandb(args, folder)
+        # `disable=None`: a bar only where somebody watches; a log file gets the log lines.
+        form = "{n_fmt}/{total_fmt} |{bar:20}| left {remaining}{postfix}"
+        bar = tqdm(total=total_steps, initial=step, disable=None, dynamic_ncols=True, smoothing=0.05, bar_format=form)
+        self._places["the progress bar"] = bar
+
+    def _call(self, place: str, method: str, *args: Any, **options: Any) -> None:
+        """Calls a method of a place, where it is reported to. Failures are logged, never raised."""
+        try:
+            if place in self._places:
+                getattr(self._places[place], method)(*args, **options)
+        except Exception as error:
+            log.warning("%s cannot be written to: %s: %s", place, type(error).__name__, error)
 
     def advance(self) -> None:
         """One update is done."""
-        if self._bar is not None:
-            self._try("the progress bar", self._bar.update)
+        self._call("the progress bar", "update")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """One log line of `values` (numbers, or counts by reason), and the same to every other place."""
-        if not self._active:
+        if not self._places:
             return
         line = {"step": step, **values}
-        assert self._metrics is not None
-        self._try("metrics.jsonl", self._metrics.write, json.dumps(line).encode() + b"\n")
-        progress, counts = self._describe(line)
-        left = f"left {timedelta(seconds=round(line['seconds_left']))}"
-        log.info("%s", " | ".join([f"step {step:,}/{self._total_steps:,}", *progress, left, *counts]))
-        if self._bar is not None:
-            self._bar.set_postfix_str(" | ".join(progress), refresh=False)
+        self._call("metrics.jsonl", "write", json.dumps(line).encode() + b"\n")
+        progress, left_out = _describe(values)
+        left = f"left {timedelta(seconds=round(values['seconds_left']))}"
+        log.info("%s", " | ".join([f"step {step:,}/{self._total_steps:,}", *progress, left, *left_out]))
+        self._call("the progress bar", "set_postfix_str", " | ".join(progress), refresh=False)
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         for name, counts in values.items():
             if isinstance(counts, Mapping):
                 numbers |= {f"{name}/{reason}": count for reason, count in counts.items()}
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._try("TensorBoard", self._tensorboard.add_scalar, name, value, step)
-        if self._wandb is not None:
-            self._try("W&B", self._wandb.log, numbers)
-
-    @staticmethod
-    def _try(where: str, write: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Reporting failures are logged, never raised."""
-        try:
-            write(*args, **options)
-        except Exception as error:
-            log.warning("%s cannot be written to: %s: %s", where, type(error).__name__, error)
-
-    @staticmethod
-    def _describe(line: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """The parts of a log line: how training goes, and what was left out of the data."""
-        kinds = [name[5:] for name in line if name.startswith("loss_")]
-        progress = [f"epoch {line['epoch']:.2f}"]
-        progress += [f"{kind} loss {_number(line[f'loss_{kind}'], '.4f')}" for kind in kinds]
-        progress += [f"grad {_number(line['grad_norm'], '.3f')}", f"lr {line['lr']:.2e}"]
-        if "grad_scale" in line:
-            progress += [f"scale {line['grad_scale']:g}, {line['updates_skipped']:,} skipped"]
-        progress += [f"{kind} {line[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
-        progress += [f"data wait {line['data_wait']:.0%}"]
-        counts = []
-        for kind in kinds:
-            if dropped := line[f"dropped_{kind}"]:
-                counts.append(f"{kind} dropped: {count_line(dropped)}")
-            if bad := line.get(f"bad_batches_{kind}"):
-                counts.append(f"{kind} BATCHES NOT FINITE: {bad:,}")
-            if errors := line[f"errors_{kind}"]:
-                counts.append(f"{kind} ERRORS: {count_line(errors)}")
-        return progress, counts
+        for name, value in numbers.items():
+            self._call("TensorBoard", "add_scalar", name, value, step)
+        self._call("W&B", "log", numbers)
 
     def upload(self, path: Path) -> None:
         """Sends the checkpoint at `path` to W&B, if --save_checkpoints_to_wandb asks for it."""
-        if self._wandb is not None and self._uploads:
-            self._try("W&B", self._wandb.save, str(path), base_path=str(path.parent), policy="now")
+        if self._uploads:
+            self._call("W&B", "save", str(path), base_path=str(path.parent), policy="now")
 
     def close(self, exit_code: int = 0) -> None:
         """Writes what is still to be written, and waits for it. `exit_code`: of the run, for W&B."""
-        if self._bar is not None:
-            self._try("the progress bar", self._bar.close)
-        if self._metrics is not None:
-            self._try("metrics.jsonl", self._metrics.close)
-        if self._tensorboard is not None:
-            self._try("TensorBoard", self._tensorboard.close)
-        if self._wandb is not None:
-            self._try("W&B", self._wandb.finish, exit_code)
-        self._active, self._bar, self._metrics, self._tensorboard, self._wandb = False, None, None, None, None
+        for place in ("the progress bar", "metrics.jsonl", "TensorBoard"):
+            self._call(place, "close")
+        self._call("W&B", "finish", exit_code)
+        self._places = {}
 
     def close_after_error(self) -> None:
         """`close`, but waits `CLOSE_TIMEOUT` seconds at most."""
@@ -230,15 +173,37 @@ class Reporter:
         thread.join(CLOSE_TIMEOUT)
 
 
+def _describe(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The parts of a log line: how training goes, and what was left out of the data."""
+
+    def number(name: str, form: str) -> str:
+        return "-" if values[name] is None else format(values[name], form)
+
+    kinds = [name[5:] for name in values if name.startswith("loss_")]
+    progress = [f"epoch {values['epoch']:.2f}"]
+    progress += [f"{kind} loss {number(f'loss_{kind}', '.4f')}" for kind in kinds]
+    progress += [f"grad {number('grad_norm', '.3f')}", f"lr {values['lr']:.2e}"]
+    if "grad_scale" in values:
+        progress += [f"scale {values['grad_scale']:g}, {values['updates_skipped']:,} skipped"]
+    progress += [f"{kind} {values[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
+    progress += [f"data wait {values['data_wait']:.0%}"]
+    left_out = []
+    for kind in kinds:
+        for name, title in (("dropped", "dropped"), ("bad_batches", "BATCHES NOT FINITE"), ("errors", "ERRORS")):
+            if counts := values[f"{name}_{kind}"]:
+                by_reason = sorted(counts.items()) if isinstance(counts, Mapping) else [("", counts)]
+                reasons = ", ".join(f"{reason} {count:,}".lstrip() for reason, count in by_reason)
+                left_out.append(f"{kind} {title}: {reasons}")
+    return progress, left_out
+
+
 def _metrics_file(path: Path, step: int) -> Any:
     """`path`, open for appending, without the lines of updates after `step`: those will be logged again."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        try:
+        with suppress(ValueError, KeyError):  # a partial line of a killed run
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
-            continue  # a partial line of a killed run
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
     return path.open("ab", buffering=0)  # what cannot be written is lost, not kept for the next attempt
