@@ -1,4 +1,1 @@
-"""Shards → lanes → samples → batches. `loader.build_loader` is the way in.
-
-Nothing is imported here: flags are checked by `shards.check_shards`, before torch and webdataset are loaded.
-"""
+"""Shards → lanes → samples → batches: see `loader.build_loader`. Imports nothing: flags are checked (`shards`) before torch is loaded."""

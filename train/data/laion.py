@@ -16,8 +16,7 @@ IMAGE_SUFFIXES = ("jpg", "png", "jpeg")  # the first that exists
 class LaionPreparer:
     """Raw sample (`jpg`, `png` or `jpeg`, and `txt`) → `<image>{caption}<|endofchunk|>{eos}` and one image.
 
-    Drops `no_caption`, `no_image`, `image_too_large`; errors `unknown_suffix`, `bad_caption` (not UTF-8) and
-    `corrupt_image`.
+    Drops `no_caption`, `no_image`, `image_too_large`; errors `unknown_suffix`, `bad_caption` (not UTF-8) and `corrupt_image`.
     """
 
     def __init__(self, tokenizer: Any, prepare_image: ImagePreparer) -> None:

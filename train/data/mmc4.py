@@ -1,13 +1,14 @@
 """MMC4: documents of sentences and images; and the synthetic (`is_gpt`) kind, where markers in the text name images.
 
-Everything that can reject a document or a image is decided before any pixel is decoded.
+Everything that can reject a document or an image is decided before any pixel is decoded.
 """
 
 from __future__ import annotations
 
-import binascii
 import json
 import re
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,47 +27,44 @@ SINGLE_IMAGE_DROPPED = 0.5  # of the documents of one image
 MARKER = re.compile(r"_!_IMAGE\d+_!_")
 
 
+@dataclass
 class Mmc4Preparer:
     """Raw sample (`json`) → text with `<image>` before each image's sentence, and the images in that order.
 
-    Pictures are matched to sentences one to one, so that the sum of similarities is the greatest; matches under
+    Images are matched to sentences one to one, so that the sum of similarities is the greatest; matches under
     `textsim_threshold` are dropped; of more than `max_num_images` the first in the text stay.
 
     Drops `no_image` (none that exists, over 10 KB, and not too large), `no_match` (none similar enough), `few_images` (fewer than
     `min_num_images` within 256 tokens), `single_image` (by the coin), `image_last` (nothing follows the only `<image>`); counts
-    images that are `image_too_large`. Errors `no_json`, `unknown_suffix`, `bad_json`, `bad_document`, `bad_similarity`, `bad_base64`, `corrupt_image`.
+    images that are `image_too_large`. Errors `no_json`, `unknown_suffix`, `bad_json`, `bad_document`, `bad_similarity`,
+    `bad_base64`, `corrupt_image`.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        prepare_image: ImagePreparer,
-        textsim_threshold: float = 30,
-        min_num_images: int = 1,
-        max_num_images: int = 6,
-    ) -> None:
-        self.encode = TextEncoder(tokenizer, MAX_TOKENS)
-        self.prepare_image = prepare_image
-        self.textsim_threshold = textsim_threshold
-        self.min_num_images = max(1, min_num_images)  # without a image nothing is learned
-        self.max_num_images = max_num_images
+    tokenizer: Any
+    prepare_image: ImagePreparer
+    textsim_threshold: float = 30
+    min_num_images: int = 1
+    max_num_images: int = 6
+
+    def __post_init__(self) -> None:
+        self.encode = TextEncoder(self.tokenizer, MAX_TOKENS)
 
     def __call__(self, raw: RawSample, randomness: Randomness, counts: Counts) -> Sample:
         synthetic, parts, images = self._read(raw, counts)
         input_ids = self.encode(parts)
         count = input_ids.count(self.encode.media_token_id)
-        if count < self.min_num_images:
+        if count < max(1, self.min_num_images):  # without an image nothing is learned
             raise Drop("few_images")
         if count == 1 and not synthetic and randomness.coin() <= SINGLE_IMAGE_DROPPED:
             raise Drop("single_image")
         if count == 1 and input_ids[-1] == self.encode.media_token_id:
             raise Drop("image_last")
-        # Pictures whose <image> was cut off are not decoded.
+        # Images whose <image> was cut off are not decoded.
         pixels = [self.prepare_image(image, flip=randomness.flip(i)) for i, image in enumerate(images[:count])]
         return Sample(pixels, input_ids, f"{raw['__url__']}#{raw['__key__']}")
 
     def _read(self, raw: RawSample, counts: Counts) -> tuple[bool, list[str], list[bytes]]:
-        """Whether it is of the synthetic kind, the parts of its text (see `text`), and a image for each part but the first."""
+        """Whether it is of the synthetic kind, the parts of its text (see `text`), and an image for each part but the first."""
         if "json" not in raw:
             check_suffixes(raw, ("json",))
             raise SampleError("no_json", "a document is one json file")
@@ -78,6 +76,8 @@ class Mmc4Preparer:
         try:
             synthetic = "is_gpt" in document
             parts, images = self._read_synthetic(document) if synthetic else self._read_interleaved(document, counts)
+            # One space after <image> goes, as in the reference.
+            parts = [parts[0], *(part.removeprefix(" ") for part in parts[1:])]
             for part in parts:
                 part.encode()  # a lone half of a surrogate pair (\ud800): no tokenizer takes it
             return synthetic, parts, images
@@ -90,45 +90,37 @@ class Mmc4Preparer:
             raise TypeError("text_list is no list")
         usable = {}
         for i, info in enumerate(infos):
-            if not info.get("image_base64"):  # it could not be downloaded
-                continue
-            image = decode_base64(info["image_base64"])
+            image = decode_base64(info.get("image_base64") or "")  # none: it could not be downloaded
             if len(image) // 1000 <= MIN_KILOBYTES:
                 continue
             if self.prepare_image.exceeds_max_pixels(image):
                 counts.dropped["image_too_large"] += 1
-                continue
-            usable[i] = image
+            else:
+                usable[i] = image
         if not usable:
             raise Drop("no_image")
-        places = self._places(similarity, list(usable))
-        if not places:
-            raise Drop("no_match")
-        chosen = sorted(places)[: self.max_num_images]
-        bounds = [0, *chosen, len(sentences)]
-        parts = [" ".join(sentences[start:end]) for start, end in pairwise(bounds)]
-        if chosen[-1] >= len(sentences):
-            raise IndexError("the similarity matrix has more columns than there are sentences")
-        # One space after <image> goes, as in the reference; the one before it is that of the join, which is left out above.
-        return [parts[0], *(part.removeprefix(" ") for part in parts[1:])], [usable[places[place]] for place in chosen]
-
-    def _places(self, similarity: Any, usable: list[int]) -> dict[int, int]:
-        """Sentence → image, for the matches that are similar enough."""
         try:
-            scores = np.array(similarity, dtype=float)[usable]
+            scores = np.array(similarity, dtype=float)[list(usable)]
             # Negated rather than `maximize=True`: so that ties fall as in the reference.
-            matches = zip(*linear_sum_assignment(-scores), strict=True)
+            rows, places = linear_sum_assignment(-scores)
         except (IndexError, ValueError, TypeError) as error:  # a row too few, ragged, NaN
             raise SampleError("bad_similarity", str(error)) from error
-        return {int(place): usable[row] for row, place in matches if not scores[row, place] < self.textsim_threshold}
+        is_similar = scores[rows, places] >= self.textsim_threshold
+        images = dict(zip(places[is_similar].tolist(), np.array(list(usable))[rows[is_similar]]))  # by sentence
+        if not images:
+            raise Drop("no_match")
+        chosen = sorted(images)[: self.max_num_images]
+        if chosen[-1] >= len(sentences):
+            raise IndexError("the similarity matrix has more columns than there are sentences")
+        # No space before <image> either: the parts are joined one by one.
+        parts = [" ".join(sentences[start:end]) for start, end in pairwise([0, *chosen, len(sentences)])]
+        return parts, [usable[images[place]] for place in chosen]
 
     def _read_synthetic(self, document: dict[str, Any]) -> tuple[list[str], list[bytes]]:
         text, image_map = document["example"], document["image_map"]
         markers = MARKER.findall(text)[: self.max_num_images]
         parts = MARKER.split(text)
-        # One space on each side of a marker goes, as in the reference.
-        parts = [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]
-        parts = [parts[0], *(part.removeprefix(" ") for part in parts[1:])]
+        parts = [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]  # no space before <image>
         images = [decode_base64(image_map[marker]["base64_image"]) for marker in markers]
         if any(self.prepare_image.exceeds_max_pixels(image) for image in images):
             raise Drop("image_too_large")  # the text speaks of it: there is no document without it
@@ -136,17 +128,12 @@ class Mmc4Preparer:
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes of `text`; characters outside the alphabet are skipped, as the standard library does.
-
-    Raises SampleError if the padding is wrong.
-    """
+    """Skips characters outside the alphabet, as the standard library does. Raises SampleError if the padding is wrong."""
     if text.startswith("b'"):  # the reference's converter wrote `str(bytes)`
         text = text[2:].removesuffix("'")
-    try:
+    with suppress(ValueError):
         return pybase64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        pass
     try:
         return pybase64.b64decode(text)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise SampleError("bad_base64", str(error)) from error

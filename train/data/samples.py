@@ -11,7 +11,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-RawSample = dict[str, Any]
+RawSample = dict[str, Any]  # suffix → bytes of a sample's files; "__key__", "__url__" (of its shard)
 
 
 class Drop(Exception):
@@ -26,22 +26,18 @@ class SampleError(Exception):
         self.reason = reason
 
 
-class UnknownSuffix(SampleError, Drop):
-    """This sample has none of the files that are looked for. The reference drops it in silence; here it is counted as an error."""
-
-
 class DataError(RuntimeError):
     """The data is too broken to go on; the message names a shard."""
 
 
 def check_suffixes(raw: RawSample, looked_for: tuple[str, ...]) -> None:
-    """For a sample that lacks a file. Raises UnknownSuffix where a longer suffix than those of `looked_for` ends in one of them.
+    """For a sample that lacks a file. Raises SampleError where a longer suffix than those of `looked_for` ends in one of them.
 
     As in WebDataset, a file's key ends at the first dot of its name: all that follows is the suffix.
     """
     for suffix in raw:
-        if "." in suffix and suffix.endswith(tuple(f".{known}" for known in looked_for)):
-            raise UnknownSuffix(
+        if suffix.endswith(tuple(f".{known}" for known in looked_for)):
+            raise SampleError(
                 "unknown_suffix",
                 f"{raw['__key__']}.{suffix} has the suffix {suffix!r}, as a suffix begins at the first dot of a name; looked for are "
                 f"{', '.join(looked_for)}: rename the files so that there is one dot in each",
@@ -50,18 +46,11 @@ def check_suffixes(raw: RawSample, looked_for: tuple[str, ...]) -> None:
 
 @dataclass
 class Sample:
-    """One caption or document, ready to be batched.
+    """One caption or document, ready to be batched."""
 
-    Attributes:
-        images: each uint8 [3, H, W], or float32 and normalized if the image processor is not a standard one, in the order
-            of the `<image>` tokens of `input_ids`.
-        input_ids: at most the longest text its kind allows, without padding.
-        key: `shard-url#sample-key`.
-    """
-
-    images: list[np.ndarray]
-    input_ids: list[int]
-    key: str
+    images: list[np.ndarray]  # each as `ImagePreparer` gives it, in the order of the `<image>` tokens
+    input_ids: list[int]  # without padding, at most as many as its kind allows
+    key: str  # `shard-url#sample-key`
 
 
 @dataclass
@@ -82,9 +71,9 @@ class Counts:
     def summary(self) -> str:
         """The counts, and an example of the most frequent error."""
         text = f"Left out so far: {dict(self.dropped)}, broken: {dict(self.errors)}"
-        if not self.errors:
-            return text
-        return f"{text}, for example {self._examples[self.errors.most_common(1)[0][0]]}"
+        if self.errors:
+            text += f", for example {self._examples[self.errors.most_common(1)[0][0]]}"
+        return text
 
     def take(self) -> Counts:
         """The counts since the last `take`."""

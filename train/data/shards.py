@@ -5,30 +5,28 @@ Only the standard library and braceexpand are imported: this runs before anythin
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import logging
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
-# How many missing files a message names; the rest are counted.
-NAMED_IN_ERRORS = 3
-# img2dataset leaves gaps in its numbers where a shard failed. More than this share missing is a wrong pattern or a lost disk.
-MAX_MISSING = 0.1
+NAMED_IN_ERRORS = 3  # missing files; the rest are counted
+MAX_MISSING = 0.1  # img2dataset leaves gaps where a shard failed; a larger share is a wrong pattern or a lost disk
 
 
 def expand_shards(spec: str) -> list[str]:
     """The shard URLs of `spec`, in order; no shard is opened or looked for.
 
     `spec` is one pattern or several joined by `::`. Braces are expanded (`{000000..000041}`, `{a,b}`), then stars in local paths,
-    to the files that exist, sorted; `@list.txt` is a file with one pattern per line, where blank lines and `#` comments are
-    skipped. `s3://` becomes a pipe of `aws s3 cp`, as in the reference; `http(s)://`, `gs://` and `pipe:` are left to webdataset;
-    `~` in a local path is the home directory.
+    to the files that exist, sorted; `@list.txt` is a file with one pattern per line, and `#` comments. `s3://` becomes a pipe of
+    `aws s3 cp`, as in the reference; `http(s)://`, `gs://` and `pipe:` are left to webdataset.
 
     Raises ValueError where a brace is not closed, a star matches nothing, or a list cannot be read.
     """
@@ -40,7 +38,14 @@ def _parts(spec: str) -> list[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
-    for pattern in _read_list(part[1:]) if part.startswith("@") else [part]:
+    patterns = [part]
+    if part.startswith("@"):
+        try:
+            with open(os.path.expanduser(part[1:]), encoding="utf-8-sig") as file:
+                patterns = [line for line in map(str.strip, file) if line and not line.startswith("#")]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{part!r}: the list of shards cannot be read ({error})") from error
+    for pattern in patterns:
         try:
             names = list(braceexpand(pattern))
         except UnbalancedBracesError as error:
@@ -57,15 +62,6 @@ def _expand(part: str) -> Iterator[str]:
                 raise ValueError(f"{name!r} matches no file")
 
 
-def _read_list(path: str) -> list[str]:
-    try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"'@{path}': the list of shards cannot be read ({error})") from error
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def local_path(url: str) -> str | None:
     """The path of a shard on this machine; None for a pipe or a remote one."""
     if url.startswith("file:"):
@@ -77,22 +73,19 @@ def check_shards(flag: str, spec: str, missing_shards: str = "warn") -> tuple[li
     """The shard URLs of `spec` that exist, in order, and those that do not. Remote ones are not looked for.
 
     Folders are listed; single files are not asked about, which takes minutes on NFS for LAION's 200,000. Of each part of `spec` (see
-    `expand_shards`) the first file alone is looked at; others that cannot be read are counted when they are opened.
-
-    Args:
-        missing_shards: "warn" allows that a tenth of a part is missing, "stop" allows none.
+    `expand_shards`) the first file alone is looked at. `missing_shards`: "warn" allows that a tenth of a part is missing, "stop" none.
 
     Raises ValueError, naming `flag`, where the list is empty, more is missing than allowed, or a first file cannot be read.
     """
     found: list[str] = []
     missing: list[str] = []
-    listings: dict[str, set[str] | None] = {}
+    list_folder = functools.cache(_list_folder)
     for part in _parts(spec):
         try:
             urls = list(_expand(part))
         except ValueError as error:
             raise ValueError(f"{flag}: {error}") from None
-        exists = {url: _exists(url, listings) for url in urls}
+        exists = {url: _exists(url, list_folder) for url in urls}
         existing, gone = ([url for url in urls if exists[url] is there] for there in (True, False))
         if urls and not existing:
             raise ValueError(f"{flag}: {part!r} matches no file; the first one looked for is {urls[0]}")
@@ -118,13 +111,8 @@ def resolve_shards(flag: str, spec: str, missing_shards: str) -> list[str]:
     """`check_shards`, with a warning where some are missing. For one rank to call: two listings could differ."""
     urls, missing = check_shards(flag, spec, missing_shards)
     if missing:
-        logger.warning(
-            "%s: %d of %d shards do not exist and are left out: %s",
-            flag,
-            len(missing),
-            len(urls) + len(missing),
-            _examples(missing),
-        )
+        counts = (len(missing), len(urls) + len(missing))
+        logger.warning("%s: %d of %d shards do not exist and are left out: %s", flag, *counts, _examples(missing))
     return urls
 
 
@@ -134,21 +122,23 @@ def shards_digest(urls: Iterable[str]) -> str:
     return f"{len(urls)} shards ({hashlib.sha256(repr(urls).encode()).hexdigest()[:12]})"
 
 
-def _exists(url: str, listings: dict[str, set[str] | None]) -> bool:
-    """Whether the folder of `url` lists it. `listings`: those made so far; None for a folder that may be entered but not listed."""
+def _exists(url: str, list_folder: Callable[[str], set[str] | None]) -> bool:
     path = local_path(url)
     if path is None:
         return True
     folder, name = os.path.split(path.rstrip("/"))
-    if folder not in listings:
-        try:
-            listings[folder] = set(os.listdir(folder or "."))
-        except PermissionError:
-            listings[folder] = None
-        except OSError:
-            listings[folder] = set()
-    names = listings[folder]
+    names = list_folder(folder or ".")
     return os.path.exists(path) if names is None else name in names
+
+
+def _list_folder(folder: str) -> set[str] | None:
+    """None for one that may be entered but not listed."""
+    try:
+        return set(os.listdir(folder))
+    except PermissionError:
+        return None
+    except OSError:
+        return set()
 
 
 def _examples(paths: list[str]) -> str:

@@ -7,28 +7,24 @@ import gzip
 import io
 import os
 import signal
-import subprocess
 from contextlib import suppress
 from multiprocessing.connection import wait
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import IO, Any
 
 import webdataset as wds
 
 # Seconds without a byte after which a pipe has stalled. All tries on a dead host take less than the loader's own time-out.
 STALL = 120.0
-# What may follow a tar's end in a pipe. Some write archives end to end; one that never ends must not be read forever.
-MAX_REST = 64 << 20
+MAX_REST = 64 << 20  # bytes that may follow a tar's end in a pipe: one that never ends must not be read forever
 CHUNK = 1 << 16
 MAGIC = 6  # bytes at the beginning that tell how it is compressed; a pipe may give them one by one
 
 
 class ShardStream(io.RawIOBase):
-    """The bytes of a shard as they are stored: a file's, or those that a command writes (`pipe:`, and curl for `http(s)://`).
+    """The bytes of a shard as they are stored: a file's, or those that a command writes (`pipe:`, and curl for `http(s)://`)."""
 
-    Raises OSError where it cannot be opened, and from `read` where nothing comes for `STALL` seconds.
-    """
-
-    _process: subprocess.Popen[bytes] | None = None
+    _process: Popen[bytes] | None = None
     _stream: Any = None
     _begun = False
 
@@ -37,9 +33,7 @@ class ShardStream(io.RawIOBase):
         if url.startswith("pipe:"):
             # A session of its own, to be killed with all that the command starts; and Ctrl-C is meant for the training process.
             command = url.removeprefix("pipe:")
-            self._process = subprocess.Popen(
-                command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
-            )
+            self._process = Popen(command, shell=True, stdout=PIPE, bufsize=0, start_new_session=True)
             self._stream = self._process.stdout
         else:
             self._stream = wds.gopen(url, bufsize=0)
@@ -59,25 +53,19 @@ class ShardStream(io.RawIOBase):
         return length
 
     def _read(self, buffer: Any) -> int:
-        self._wait()
-        return self._file.readinto(buffer)  # type: ignore[attr-defined]
-
-    def _wait(self) -> None:
         if self._process is not None and not wait([self._file], STALL):  # type: ignore[list-item]
             raise OSError(f"nothing came for {STALL:g} seconds")
+        return self._file.readinto(buffer)  # type: ignore[attr-defined]
 
-    def status(self) -> int | None:
-        """The exit status of the command, if there is one and it ends by itself in the next second."""
+    def status(self, seconds: float = 1.0) -> int | None:
+        """The exit status of the command, if there is one and it ends by itself in so many seconds."""
         try:
-            return None if self._process is None else self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
+            return None if self._process is None else self._process.wait(seconds)
+        except TimeoutExpired:
             return None
 
     def finish(self) -> None:
-        """Reads on until the command ends: one that we leave while it writes fails for that alone.
-
-        Raises OSError if it fails, does not end, or writes more than `MAX_REST` after the archive.
-        """
+        """Reads on until the command ends: one that we leave while it writes fails for that alone. Raises OSError if it fails."""
         if self._process is None:
             return
         rest = 0
@@ -85,40 +73,35 @@ class ShardStream(io.RawIOBase):
             rest += len(data)
             if rest > MAX_REST:
                 raise OSError(f"more than {MAX_REST >> 20} MiB follow the archive")
-        try:
-            status = self._process.wait(STALL)
-        except subprocess.TimeoutExpired as error:
-            raise OSError(f"the command closed its output and did not end in {STALL:g} seconds") from error
+        if (status := self.status(STALL)) is None:
+            raise OSError(f"the command closed its output and did not end in {STALL:g} seconds")
         if status != 0:
             raise OSError(f"the command ended with exit status {status}")
 
     def close(self) -> None:
-        if not self.closed:
-            super().close()
-            self._kill()  # closing waits for the command, and it may have stalled
-            with suppress(Exception):  # that says nothing about what was read
-                self._stream.close()
-
-    def _kill(self) -> None:
-        if self._process is None or self._process.poll() is not None:
+        if self.closed:
             return
-        if os.getpgid(self._process.pid) == self._process.pid:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
+        super().close()
+        # Closing the stream waits for the command, and it may have stalled.
+        if self._process is not None and self._process.poll() is None:
+            if os.getpgid(self._process.pid) == self._process.pid:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.wait()
+        with suppress(Exception):  # that says nothing about what was read
+            self._stream.close()
 
 
 def decompressed(stream: ShardStream) -> IO[bytes]:
     """`stream`, buffered, and decompressed if it begins as gzip, bzip2 or xz do."""
     buffered = io.BufferedReader(stream, CHUNK)
     begin = buffered.peek(MAGIC)
-    file: Any = buffered
     if begin.startswith(b"\x1f\x8b"):
-        file = gzip.GzipFile(fileobj=buffered)
-    elif begin.startswith(b"BZh"):
-        file = bz2.BZ2File(buffered)
-    elif begin.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80")):
+        return gzip.GzipFile(fileobj=buffered)  # type: ignore[return-value]
+    if begin.startswith(b"BZh"):
+        return bz2.BZ2File(buffered)
+    if begin.startswith((b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80")):
         import lzma  # some builds of Python lack it
 
-        file = lzma.LZMAFile(buffered)  # noqa: SIM115
-    return file
+        return lzma.LZMAFile(buffered)
+    return buffered

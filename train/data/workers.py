@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 
-from open_flamingo.train.data.labels import laion_labels, mmc4_labels
-from open_flamingo.train.data.lanes import Counts, Cursor, Lane, Prepare, ShardOrder
+from open_flamingo.train.data.laion import LaionPreparer
+from open_flamingo.train.data.lanes import Counts, Cursor, Lane, ShardOrder
+from open_flamingo.train.data.mmc4 import Mmc4Preparer
 from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.data.samples import DataError, Sample
 
-# Undecoded samples in the shuffle buffer of each open shard. About 10 MB per lane: LAION images are some 20 KB; MMC4 documents
-# some 300 KB, and can be many MB.
-SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}
-# Seconds to wait for a killed worker. One that waits for a dead file server cannot even be killed.
-KILL_WAIT = 5.0
-# Bytes between a worker and the training process: the most that Linux grants everybody. Its default is 64 KiB, half an image.
-PIPE_SIZE = 1 << 20
+SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}  # undecoded samples of each lane: about 10 MB (a document has some 300 KB)
+PREFETCH = 2  # batches that the workers are ahead
+KILL_WAIT = 5.0  # seconds; one that waits for a dead file server cannot even be killed
+PIPE_SIZE = 1 << 20  # bytes: the most that Linux grants everybody. Its default is 64 KiB, half an image.
 
 
 @dataclass
 class LoaderState:
-    """Where a run stands in one dataset.
+    """Where a run stands in one dataset."""
 
-    Attributes:
-        samples: consumed so far, by all ranks together.
-        cursors: by lane, (k, n): n samples of the lane's k-th shard are behind it. All lanes of the run.
-    """
-
-    samples: int = 0
-    cursors: dict[int, Cursor] = field(default_factory=dict)
+    samples: int = 0  # consumed so far, by all ranks together
+    cursors: dict[int, Cursor] = field(default_factory=dict)  # see `lanes`; of all lanes of the run
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
         return {"samples": self.samples, "cursors": [[lane, *cursor] for lane, cursor in sorted(self.cursors.items())]}
 
     @classmethod
@@ -55,92 +46,45 @@ class LoaderState:
 
 
 @dataclass
-class WorkerBatch:
-    """One worker's part of a batch: rows as in `Batch`, but images of all rows in one row [images, 3, H, W]."""
+class Part:
+    """One worker's part of a batch."""
 
-    images: np.ndarray
-    image_counts: list[int]
-    input_ids: np.ndarray
-    labels: np.ndarray
-    keys: list[str]
-    cursors: dict[int, Cursor]
-    counts: Counts
+    samples: list[Sample]
+    cursors: dict[int, Cursor]  # of its lanes, after these samples
+    counts: Counts  # of what was left out since the part before
 
 
 @dataclass
-class Failure:
-    """A worker's DataError: as a value, it comes without the traceback of another process."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Samples → the tensors of a part, labels among them."""
-
-    kind: str
-    media_token_id: int
-    eoc_token_id: int
-    pad_token_id: int
-
-    def __call__(self, samples: list[Sample], cursors: dict[int, Cursor], counts: Counts) -> WorkerBatch:
-        longest = max(len(sample.input_ids) for sample in samples)
-        input_ids = torch.full((len(samples), longest), self.pad_token_id)
-        for row, sample in enumerate(samples):
-            input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        if self.kind == "laion":
-            labels = laion_labels(input_ids, self.media_token_id, self.pad_token_id)
-        else:
-            labels = mmc4_labels(input_ids, self.media_token_id, self.eoc_token_id, self.pad_token_id)
-        return WorkerBatch(
-            images=np.stack([image for sample in samples for image in sample.images]),
-            image_counts=[len(sample.images) for sample in samples],
-            input_ids=input_ids.numpy(),
-            labels=labels.numpy(),
-            keys=[sample.key for sample in samples],
-            cursors=cursors,
-            counts=counts,
-        )
-
-
 class LaneDataset:
     """What each loader process reads."""
 
-    def __init__(
-        self, options: DataOptions, urls: list[str], prepare: Prepare, collate: Collator, state: LoaderState
-    ) -> None:
-        self.options = options
-        self.order = ShardOrder(tuple(urls), options.lanes, options.seed, options.kind, options.resampled)
-        self.prepare = prepare
-        self.collate = collate
-        self.state = state
+    options: DataOptions
+    order: ShardOrder
+    prepare: LaionPreparer | Mmc4Preparer
+    state: LoaderState
 
-    def parts(self, worker: int) -> Iterator[WorkerBatch | Failure]:
-        """The parts of loader process `worker` of this rank, without end but for a failure."""
-        try:
-            yield from self._parts(worker)
-        except DataError as error:
-            yield Failure(str(error))
+    def next_sample(self, worker: int, samples: int) -> int:
+        """The first sample of the run, from number `samples` on, that loader process `worker` of this rank loads."""
+        process = worker * self.options.world_size + self.options.rank
+        return samples + (process - samples) % (self.options.world_size * max(1, self.options.workers))
 
-    def _parts(self, worker: int) -> Iterator[WorkerBatch]:
-        options, state = self.options, self.state
-        workers = max(1, options.workers)
+    def parts(self, worker: int) -> Iterator[Part | DataError]:
+        """The parts of loader process `worker` of this rank, without end but for an error."""
+        options, workers, counts = self.options, max(1, self.options.workers), Counts()
         processes = options.world_size * workers
-        process = worker * options.world_size + options.rank
-        counts = Counts()
         buffer_size = options.shuffle_buffer or SHUFFLE_BUFFER[options.kind]
         lanes = {
-            lane: Lane(lane, self.order, self.prepare, buffer_size, state.cursors.get(lane, (0, 0)), counts)
-            for lane in range(process, options.lanes, processes)
+            lane: Lane(lane, self.order, self.prepare, buffer_size, self.state.cursors.get(lane, (0, 0)), counts)
+            for lane in range(self.next_sample(worker, 0), options.lanes, processes)
         }
-        i = state.samples + (process - state.samples) % processes
-        while True:
-            samples = []
-            for _ in range(options.batch_size // workers):
-                samples.append(next(lanes[i % options.lanes]))
-                i += processes
-            cursors = {index: lane.cursor for index, lane in lanes.items()}
-            yield self.collate(samples, cursors, counts.take())
+        numbers = itertools.count(self.next_sample(worker, self.state.samples), processes)
+        try:
+            while True:
+                rows = itertools.islice(numbers, options.batch_size // workers)
+                samples = [next(lanes[number % options.lanes]) for number in rows]
+                yield Part(samples, {index: lane.cursor for index, lane in lanes.items()}, counts.take())
+        except DataError as error:
+            yield error
 
 
 def _work(dataset: LaneDataset, number: int, sender: Connection) -> None:
@@ -166,13 +110,10 @@ def _end_with_parent() -> None:
 
 
 class Worker:
-    """A loader process of this rank, and the parts that were received from it.
+    """Loader process `number` of this rank, and the parts that were received from it.
 
     Each has a pipe of its own: one that dies or stops in the middle of a part closes or blocks no other's. A thread
     reads from it, so that the training process never waits longer than it wants to.
-
-    Args:
-        number: of the worker on this rank.
     """
 
     def __init__(self, dataset: LaneDataset, number: int) -> None:
@@ -182,8 +123,8 @@ class Worker:
         self.process = multiprocessing.Process(target=_work, args=(dataset, number, sender), daemon=True)
         self.process.start()
         sender.close()  # the worker's is the only one: when it dies, the pipe ends
-        self._received: queue.SimpleQueue[WorkerBatch | Failure | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(dataset.options.prefetch - 1)  # one more waits in the pipe
+        self._received: queue.SimpleQueue[Part | DataError | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(PREFETCH - 1)  # one more waits in the pipe
         self._killed = False
         threading.Thread(target=self._receive, name=f"loader worker {number}", daemon=True).start()
 
@@ -194,7 +135,7 @@ class Worker:
         self._receiver.close()
         self._received.put(None)
 
-    def take(self, timeout: float) -> WorkerBatch | Failure | None:
+    def take(self, timeout: float) -> Part | DataError | None:
         """Its next part, None if it has ended. Raises queue.Empty after `timeout` seconds."""
         self._room.release()
         return self._received.get(timeout=max(0.0, timeout))
@@ -211,14 +152,3 @@ class Worker:
             return f"ended with exit status {code}: its own error message is above"
         hint = ": is the machine out of memory?" if -code == signal.SIGKILL else ""
         return f"was killed by {signal.Signals(-code).name}{hint}"
-
-
-def kill_workers(workers: list[Worker], parent: int) -> None:
-    """Kills the workers of the process `parent`, if this is it and not a copy."""
-    if os.getpid() != parent:
-        return
-    for worker in workers:
-        worker.kill()
-    deadline = time.monotonic() + KILL_WAIT
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
