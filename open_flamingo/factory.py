@@ -1,6 +1,5 @@
 """Build a Flamingo out of pretrained backbones."""
 
-import hashlib
 import io
 import json
 import logging
@@ -19,30 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .backbones import (
-    OPEN_CLIP_CONFIG,
-    OPEN_CLIP_SCHEMES,
-    check_language_model,
-    check_tokenizer,
-    check_vision_encoder,
-    check_vision_weights,
-    is_file_name,
-    open_clip_name,
-    read_vision_config,
-)
+from . import backbones
 from .flamingo import Flamingo
-from .language_model import input_embedding
+from .language_model import input_embedding, replaced
 from .vision import patch_width
 
 logger = logging.getLogger(__name__)
 
-END_OF_CHUNK = "<|endofchunk|>"
-IMAGE = "<image>"
-PAD = "<PAD>"
-
-# Longer messages of the libraries below, such as lists of all parameters, are cut.
-LONGEST_REASON = 500
-
+END_OF_CHUNK, IMAGE, PAD = "<|endofchunk|>", "<image>", "<PAD>"
+LONGEST_REASON = 500  # longer messages of the libraries below, such as lists of all parameters, are cut
 # Of an OpenCLIP config, what describes the image transform beside the tower's image size.
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 # CLIP's other half is not needed; OpenCLIP builds no tower without one.
@@ -66,31 +50,26 @@ def create_model_and_transforms(
 ) -> tuple[Flamingo, Callable[..., Tensor], PreTrainedTokenizerBase]:
     """Load a vision encoder and a language model and join them.
 
+    Raises ValueError or FileNotFoundError, in one line that names the argument, where something does not exist or does not fit.
+
     Args:
-        clip_vision_encoder_path: an OpenCLIP model name ("ViT-L-14"), "hf-hub:…", "local-dir:…", or the path of an
-            OpenCLIP model config (.json).
-        clip_vision_encoder_pretrained: an OpenCLIP weight tag ("openai"), or a file with the weights of the whole CLIP
-            or of its vision tower alone (.pt or .safetensors). None or "": random weights, or those that an "hf-hub:…" or
-            "local-dir:…" brings, for which a tag means nothing.
+        clip_vision_encoder_path: an OpenCLIP model name ("ViT-L-14"), "hf-hub:…", "local-dir:…", or the path of an OpenCLIP model
+            config (.json).
+        clip_vision_encoder_pretrained: an OpenCLIP weight tag ("openai"), or a file with the weights of the whole CLIP or of its
+            vision tower alone (.pt or .safetensors). None or "": random weights, or those that an "hf-hub:…" or "local-dir:…"
+            brings, for which a tag means nothing.
         lang_encoder_path: a Hugging Face decoder-only language model, name or folder.
         tokenizer_path: its tokenizer; `lang_encoder_path` if None.
-        cross_attn_every_n_layers: a gated cross-attention block before every n-th decoder layer.
         use_local_files: do not ask the Hugging Face hub.
-        decoder_layers_attr_name: where the decoder layers are ("model.layers"); found by structure if None.
-        freeze_lm_embeddings: do not train the rows of the new tokens.
         cache_dir: where downloads are kept.
         meta: make the model on the meta device, without reading any weights: for ranks that get theirs from another.
-        trust_remote_code: run the Python code that a language model or tokenizer brings along. Without it, such a model is
-            refused unless transformers has the code itself. Files of weights never run code.
-        flamingo_kwargs: `gradient_checkpointing`, `train_output_rows`: see `Flamingo`.
+        trust_remote_code: run the Python code that a language model or tokenizer brings along. Without it, such a model is refused
+            unless transformers has the code itself. Files of weights never run code.
+        others: see `Flamingo`.
 
     Returns:
         The model in float32, OpenCLIP's validation transform (PIL image → [3, height, width]), and the tokenizer with
         `<|endofchunk|>`, `<image>` and, if it had no padding token, `<PAD>` added.
-
-    Raises:
-        ValueError, FileNotFoundError: what was asked for does not exist or does not fit; the message, of one line, names
-            the argument.
     """
     vision_encoder, image_processor, image_size = load_vision_encoder(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir, meta
@@ -118,82 +97,80 @@ def create_model_and_transforms(
 
 
 @contextmanager
-def loading(argument: str, value: str) -> Iterator[None]:
-    """Errors within this `with` become one line, which begins with the argument and has its value.
-
-    The libraries below raise almost anything for what is missing, broken or does not fit.
-    """
+def loading(argument: str, value: str, trust_remote_code: bool = True) -> Iterator[None]:
+    """Errors within this `with`, of almost any kind, become one line, which begins with the argument and has its value."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ValueError) and "trust_remote_code" in reason and not trust_remote_code:
+            reason = (
+                "it brings Python code of its own, which could do anything. Read it, and if you trust it pass "
+                "trust_remote_code=True"
+            )
         if len(reason) > LONGEST_REASON:
             reason = f"{reason[:LONGEST_REASON]} …"
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{argument}{'' if value in reason else f' {value!r}'}: {reason}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vision
-
-
 def load_vision_encoder(
     path: str, pretrained: str | None = None, cache_dir: str | None = None, meta: bool = False
 ) -> tuple[nn.Module, Callable[..., Tensor], tuple[int, int]]:
-    """An OpenCLIP vision tower in float32 and eval mode, its validation transform, and its image size in pixels.
-
-    See `create_model_and_transforms` for the arguments and errors.
-    """
-    has_weights = path.startswith(OPEN_CLIP_SCHEMES)
+    """An OpenCLIP vision tower in float32 and eval mode, its validation transform, and its image size (height, width)."""
     with loading("clip_vision_encoder_path", path):
-        check_vision_encoder(path, open_clip.list_models())
+        backbones.check_vision_encoder(path, open_clip.list_models())
         name, preprocessing = find_config(path, cache_dir)
-    if has_weights and pretrained and not is_file_name(pretrained):
+    brings_weights = path.startswith(backbones.OPEN_CLIP_SCHEMES)
+    pretrained = pretrained or ""
+    with loading("clip_vision_encoder_pretrained", pretrained):
+        is_file = backbones.is_file_name(pretrained)
+    if brings_weights and pretrained and not is_file:
         logger.info("%s brings its own weights: %r is not used", path, pretrained)
-        pretrained = None
+        pretrained = ""
 
     tower: Any
-    if not pretrained:
-        with loading("clip_vision_encoder_path", path):
-            tower = load_clip(path, None, cache_dir).visual if has_weights and not meta else build_tower(name, meta)
-    else:
-        with loading("clip_vision_encoder_pretrained", pretrained):
-            check_vision_weights(pretrained, path)
-            if not is_file_name(pretrained):
-                check_tag(pretrained, name, path)
-                preprocessing = open_clip.get_pretrained_cfg(name, pretrained)
-            if meta:
-                tower = build_tower(name, meta)
-            elif is_file_name(pretrained):
-                tower = load_tower(name, path, pretrained)
-            else:
-                tower = load_clip(name, pretrained, cache_dir).visual
+    given = ("clip_vision_encoder_pretrained", pretrained) if pretrained else ("clip_vision_encoder_path", path)
+    with loading(*given):
+        if is_file:
+            backbones.check_vision_weights(pretrained, path)
+        elif pretrained:
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            if pretrained not in tags:
+                raise ValueError(
+                    f"{pretrained!r} is neither a file nor an OpenCLIP weight tag of {path}; its tags are: "
+                    f"{', '.join(tags) or 'none'}"
+                )
+            preprocessing = open_clip.get_pretrained_cfg(name, pretrained)
+        if meta or not (pretrained or brings_weights):
+            tower = build_tower(name, meta)
+        elif is_file:
+            tower = load_tower(name, path, pretrained)
+        else:
+            tower = load_clip(name if pretrained else path, pretrained or None, cache_dir).visual
     size = tower.image_size
     options = {key: preprocessing[key] for key in PREPROCESSING if preprocessing.get(key) is not None}
     image_processor = open_clip.image_transform(size, is_train=False, **options)
     return tower.float().eval(), image_processor, size if isinstance(size, tuple) else (size, size)
 
 
-def check_tag(tag: str, name: str, path: str) -> None:
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag not in tags:
-        raise ValueError(
-            f"{tag!r} is neither a file nor an OpenCLIP weight tag of {path}; its tags are: {', '.join(tags) or 'none'}"
-        )
-
-
 def find_config(path: str, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
     """The name under which OpenCLIP finds the config of the model at `path`, and the preprocessing that comes with it."""
     if path.startswith("hf-hub:"):
-        file = Path(hf_hub_download(path.removeprefix("hf-hub:"), OPEN_CLIP_CONFIG, cache_dir=cache_dir))
+        file = Path(hf_hub_download(path.removeprefix("hf-hub:"), backbones.OPEN_CLIP_CONFIG, cache_dir=cache_dir))
     elif path.startswith("local-dir:"):
-        file = Path(path.removeprefix("local-dir:")) / OPEN_CLIP_CONFIG
+        file = Path(path.removeprefix("local-dir:")) / backbones.OPEN_CLIP_CONFIG
     elif path.endswith(".json"):
         file = Path(path)
     else:
-        return open_clip_name(path), {}
-    config, preprocessing = read_vision_config(file)
-    return register_config(file.stem, config), preprocessing
+        return path.replace("/", "-"), {}
+    config, preprocessing = backbones.read_vision_config(file)
+    name = f"{file.stem}-{len(open_clip.list_models())}"  # which no other model has
+    with tempfile.TemporaryDirectory() as folder:
+        named = Path(folder) / f"{name}.json"
+        named.write_text(json.dumps(config), encoding="utf-8")
+        open_clip.add_model_config(named)
+    return name, preprocessing
 
 
 def build_tower(name: str, meta: bool = False) -> nn.Module:
@@ -205,16 +182,10 @@ def build_tower(name: str, meta: bool = False) -> nn.Module:
 
 
 def load_clip(name: str, pretrained: str | None, cache_dir: str | None = None) -> Any:
-    """A whole CLIP with weights: those of a tag or file, or those that a `name` with a scheme brings.
-
-    For a text tower from the Hugging Face hub that brings code of its own, OpenCLIP has transformers ask on the terminal
-    whether to run it. Here nobody answers, and it is refused at once.
-    """
-    terminal, sys.stdin = sys.stdin, io.StringIO()
-    try:
+    """A whole CLIP with weights: those of a tag or file, or those that a `name` with a scheme brings."""
+    # For a text tower that brings code of its own, transformers would ask on the terminal whether to run it: refused at once.
+    with replaced(vars(sys), "stdin", io.StringIO()):
         return open_clip.create_model(name, pretrained, cache_dir=cache_dir, require_pretrained=True)
-    finally:
-        sys.stdin = terminal
 
 
 def load_tower(name: str, path: str, file: str) -> nn.Module:
@@ -230,18 +201,6 @@ def load_tower(name: str, path: str, file: str) -> nn.Module:
     return tower
 
 
-def register_config(stem: str, config: dict[str, Any]) -> str:
-    """Make OpenCLIP know a model config, under a name that begins with `stem` and that no other has; return that name."""
-    text = json.dumps(config, sort_keys=True)
-    name = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    if name not in open_clip.list_models():
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{name}.json"
-            file.write_text(text, encoding="utf-8")
-            open_clip.add_model_config(file)
-    return name
-
-
 def read_tower_weights(path: str) -> dict[str, Tensor] | None:
     """The state dict of a file that holds a vision tower alone; None for any other, which OpenCLIP reads itself.
 
@@ -252,49 +211,32 @@ def read_tower_weights(path: str) -> dict[str, Tensor] | None:
         return None
     if path.endswith(".safetensors"):
         weights = load_file(path)
-    elif is_torchscript(path):
-        raise ValueError(
-            "it is a TorchScript program, as OpenAI publishes them, not a file of weights. If you trust it: "
-            "torch.save(torch.jit.load(file).state_dict(), another_file)"
-        )
     else:
+        members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("/constants.pkl") for name in members):
+            raise ValueError(
+                "it is a TorchScript program, as OpenAI publishes them, not a file of weights. If you trust it: "
+                "torch.save(torch.jit.load(file).state_dict(), another_file)"
+            )
         weights = torch.load(path, map_location="cpu", weights_only=True)
     weights = weights.get("state_dict", weights)
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    if all(name.startswith("visual.") for name in weights):
-        return {name.removeprefix("visual."): tensor for name, tensor in weights.items()}
-    if any(name.startswith("visual.") for name in weights) or "logit_scale" in weights:
-        return None
-    return weights
-
-
-def is_torchscript(path: str) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Language
+    visual = {name.removeprefix("visual."): tensor for name, tensor in weights.items() if name.startswith("visual.")}
+    is_whole = "logit_scale" in weights or 0 < len(visual) < len(weights)
+    return None if is_whole else visual or weights
 
 
 def load_tokenizer(
     path: str, use_local_files: bool = False, cache_dir: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """A tokenizer with the model's special tokens added to those that it has."""
-    with (
-        loading("tokenizer_path", path),
-        explain_remote_code_error(trust_remote_code),
-    ):
-        check_tokenizer(path)
+    with loading("tokenizer_path", path, trust_remote_code):
+        backbones.check_tokenizer(path)
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=use_local_files, trust_remote_code=trust_remote_code, cache_dir=cache_dir
         )
         if tokenizer.eos_token is None:
-            raise ValueError(
-                "the tokenizer has no eos_token, with which every text ends: set it in tokenizer_config.json"
-            )
+            raise ValueError("the tokenizer has no eos_token, which ends every text: set it in tokenizer_config.json")
     new = [token for token in (END_OF_CHUNK, IMAGE) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(new, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -310,40 +252,19 @@ def load_language_model(
     meta: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal language model in float32 whose matrices have at least `vocabulary` rows; without weights if `meta`.
-
-    New rows are drawn as the reference's version of transformers did, from N(0, initializer_range), not around the mean
-    of the old ones as today's default: the gates start shut, so nothing depends on it before training, and it
-    spares the covariance of the whole matrix.
-    """
-    # Never None: transformers would ask on the terminal.
-    where = {
-        "local_files_only": use_local_files,
-        "trust_remote_code": trust_remote_code,
-        "cache_dir": cache_dir,
-    }
+    """A causal language model in float32 whose matrices have at least `vocabulary` rows; without weights if `meta`."""
+    # trust_remote_code is never None: transformers would ask on the terminal.
+    where = {"local_files_only": use_local_files, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
     model: Any
-    with loading("lang_encoder_path", path), explain_remote_code_error(trust_remote_code):
-        check_language_model(path)
+    with loading("lang_encoder_path", path, trust_remote_code):
+        backbones.check_language_model(path)
         if meta:
             config = AutoConfig.from_pretrained(path, **where)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, **where, dtype=torch.float32)
     if vocabulary > len(input_embedding(model).weight):
+        # New rows are from N(0, initializer_range), as the reference's, not around the mean of the old ones: the gates start shut, so
+        # nothing depends on it before training, and it spares the covariance of the whole matrix.
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return model.eval()
-
-
-@contextmanager
-def explain_remote_code_error(trusted: bool) -> Iterator[None]:
-    """transformers' refusal of a model's own code, in our words."""
-    try:
-        yield
-    except ValueError as error:
-        if trusted or "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            "it brings Python code of its own, which could do anything. Read it, and if you trust it pass "
-            "trust_remote_code=True"
-        ) from error

@@ -2,8 +2,8 @@
 
 After Flamingo (Alayrac et al. 2022) and open-flamingo 2.0.1, whose interface and parameter names this keeps.
 
-Dimensions: B batch, T text tokens, I image slots, N most images of a row, M images in all, F frames (1), V patch tokens,
-L latents per image, D width of text, E width of images.
+Dimensions: B batch, T text tokens, I image slots, N most images of a row, M images in all, F frames (1), V patch tokens, L latents
+per image, E width of images.
 """
 
 import inspect
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cross_attention import GatedCrossAttentionBlock
 from .language_model import (
-    ConditionedLayer,
     Conditioning,
     add_gated_cross_attention,
     add_new_token_rows,
     cache_length,
     conditioned,
-    input_embedding,
     maybe_checkpoint,
     output_head,
-    skip_packed_sequence_check,
+    replaced,
 )
 from .loss import LabeledPositions, copy_to, full_loss, has_base_model, labeled_loss, labeled_positions
 from .resampler import PerceiverResampler
@@ -39,7 +39,7 @@ class Flamingo(nn.Module):
 
     Args:
         vision_encoder: an OpenCLIP vision tower (or any module that gives patch tokens, see `vision.patch_tokens`).
-        lang_encoder: a Hugging Face decoder-only causal language model. It is changed in place.
+        lang_encoder: a Hugging Face decoder-only causal language model, changed in place; ValueError for any other.
         eoc_token_id: id of `<|endofchunk|>`, which ends a generated text.
         media_token_id: id of `<image>`, which marks an image's place in the text.
         vis_dim: E, the width of the vision encoder's patch tokens.
@@ -47,12 +47,8 @@ class Flamingo(nn.Module):
         gradient_checkpointing: see `set_gradient_checkpointing`.
         decoder_layers_attr_name: where the language model's decoder layers are; found by structure if None.
         freeze_lm_embeddings: do not train the new tokens' rows.
-        train_output_rows: where the output head is not tied to the input embedding, train its rows of the new tokens
-            too. (Tied heads share the rows.)
+        train_output_rows: where the output head is not tied to the input embedding, train its rows of the new tokens too.
         pad_token_id: what `generate` pads with; the language model's own, or else `eoc_token_id`, if None.
-
-    Raises:
-        ValueError: the language model is not a decoder-only model with a head.
     """
 
     def __init__(
@@ -71,23 +67,25 @@ class Flamingo(nn.Module):
         pad_token_id: int | None = None,
     ) -> None:
         super().__init__()
-        check_is_causal(lang_encoder)
+        name = type(lang_encoder).__name__
+        if getattr(getattr(lang_encoder, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"{name} is an encoder-decoder model; a decoder-only language model is needed")
+        if not hasattr(lang_encoder, "get_output_embeddings") or output_head(lang_encoder) is None:
+            raise ValueError(f"{name} has no language-modeling head; load it with AutoModelForCausalLM")
         self.eoc_token_id = eoc_token_id
         self.media_token_id = media_token_id
         self.pad_token_id = pad_token_id
         self.vis_dim = vis_dim
-        self.cross_attn_every_n_layers = cross_attn_every_n_layers
 
-        # Frozen first: whatever is added after this line is trained.
-        # (In this order, which is the reference's: its optimizer state is numbered by it.)
+        # What is added after freezing is trained. The order is the reference's: its optimizer state is numbered by it.
         self.vision_encoder = vision_encoder.requires_grad_(False)
         self.perceiver = PerceiverResampler(vis_dim)
         self.lang_encoder = lang_encoder.requires_grad_(False)
-        self.decoder_layers_name, _ = add_gated_cross_attention(
+        self.decoder_layers_name = add_gated_cross_attention(
             self.lang_encoder, vis_dim, cross_attn_every_n_layers, decoder_layers_attr_name
         )
         rows = add_new_token_rows(self.lang_encoder, [eoc_token_id, media_token_id], train_output_rows)
-        rows[0].requires_grad_(not freeze_lm_embeddings)
+        rows.requires_grad_(not freeze_lm_embeddings)
 
         parameters = inspect.signature(self.lang_encoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
@@ -97,37 +95,27 @@ class Flamingo(nn.Module):
         self.set_gradient_checkpointing(gradient_checkpointing)
         self.train(self.training)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Its parts
-
     @property
     def decoder_layers(self) -> nn.ModuleList:
         """The language model's layers, each a `ConditionedLayer`."""
         return self.lang_encoder.get_submodule(self.decoder_layers_name)  # type: ignore[return-value]
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute gated blocks, decoder layers and the resampler in the backward pass instead of keeping their
-        activations: less memory, one more forward."""
+        """Recompute gated blocks, decoder layers and the resampler in the backward pass: less memory, one more forward."""
         self.gradient_checkpointing = enabled
         for layer in self.decoder_layers:
             layer.gradient_checkpointing = enabled  # type: ignore[assignment]
 
     def train(self, mode: bool = True) -> "Flamingo":
-        """Set the mode of what is trained. The frozen parts stay in eval mode always.
-
-        The reference also turns on the frozen language model's dropout (OPT's is 0.1): noise in a function that is not
-        being fitted, and different on every layout of ranks.
-        """
+        """Set the mode of what is trained. The frozen parts stay in eval mode always: dropout there (OPT's, in the reference) is noise
+        in a function that is not being fitted, and different on every layout of ranks."""
         super().train(mode)
         self.vision_encoder.eval()
         self.lang_encoder.eval()
-        for layer in self.decoder_layers:
-            if isinstance(layer, ConditionedLayer) and layer.gated_cross_attn_layer is not None:
-                layer.gated_cross_attn_layer.train(mode)
+        for module in self.lang_encoder.modules():
+            if isinstance(module, GatedCrossAttentionBlock):
+                module.train(mode)
         return self
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Forward
 
     def forward(
         self,
@@ -141,31 +129,23 @@ class Flamingo(nn.Module):
         *,
         image_counts: Sequence[int] | None = None,
     ) -> CausalLMOutputWithPast:
-        """The loss of `labels`, or the logits of all tokens.
+        """The `loss` of `labels` (float32 scalar, mean over those that count, 0 if none does), or all `logits` [B, T, vocabulary].
 
         Args:
-            vision_x: images [B, I, F, 3, height, width], prepared by the image processor, F = 1. Row b's images are its
-                first slots, one for each `<image>` token of its text in their order; later slots are padding and
-                are not looked at. None: the images given to `cache_media`.
+            vision_x: images [B, I, F, 3, height, width], prepared by the image processor, F = 1. Row b's images are its first slots,
+                one for each `<image>` token of its text in their order (ValueError if they are too few); later slots are padding
+                and are not looked at. None: the images given to `cache_media`.
             lang_x: token ids, long[B, T].
-            attention_mask: [B, T], 0 where a token is padding. Padding on the right needs none: in a causal model no
-                real token sees it. (Without one, attention runs its faster causal kernels.)
-            labels: long[B, T], -100 where a token does not count. With labels, `logits` is None: only the logits
-                of positions whose next token has a label are made, a piece at a time. Picking these positions waits for
-                the GPU if the labels are there (where FSDP puts all tensors that it is given): `labeled_positions` of
-                labels on the CPU, given instead of them, does not.
+            attention_mask: [B, T], 0 where a token is padding. Padding on the right needs none: in a causal model no real token
+                sees it. (Without one, attention runs its faster causal kernels.)
+            labels: long[B, T], -100 where a token does not count. With labels, `logits` is None: only the logits of positions whose
+                next token has a label are made, a piece at a time. Picking these positions waits for the GPU if the labels are
+                there (where FSDP puts all tensors that it is given): `labeled_positions` of labels on the CPU does not.
             clear_conditioned_layers: accepted for the reference's callers. Nothing needs clearing here.
-            past_key_values: a cache of earlier tokens, as Hugging Face models take it. The images are those of
-                `lang_x` nevertheless, or those of `cache_media`.
+            past_key_values: a cache of earlier tokens, as Hugging Face models take it. The images are those of `lang_x` nevertheless,
+                or those of `cache_media`.
             use_cache: return `past_key_values` (without labels).
-            image_counts: how many `<image>` tokens each row of `lang_x` has. Saves waiting for the GPU to
-                count them.
-
-        Returns:
-            `loss` (float32 scalar, mean over the labels that count, 0 if none does), or `logits` [B, T, vocabulary].
-
-        Raises:
-            ValueError: a row has more `<image>` tokens than image slots, or `vision_x` is not of six dimensions.
+            image_counts: how many `<image>` tokens each row of `lang_x` has. Saves waiting for the GPU to count them.
         """
         # What waits for the GPU comes first, while little is queued there.
         labeled = labeled_positions(labels, lang_x.device) if isinstance(labels, Tensor) else labels
@@ -185,29 +165,23 @@ class Flamingo(nn.Module):
                 logits = self.lang_encoder(**inputs, use_cache=False).logits
                 return CausalLMOutputWithPast(loss=full_loss(logits, *labeled))
             base_model: Any = self.lang_encoder.base_model
-            conditioning.prepare_for_call(lang_x.shape[0], lang_x.shape[1], past_key_values)
-            with skip_packed_sequence_check():
+            conditioning.prepare_for_call(lang_x, past_key_values)
+            # Hugging Face models would look for rows of several texts in the position ids, and wait for the GPU in each forward pass.
+            with replaced(vars(masking_utils), "find_packed_sequence_indices", lambda position_ids: None):
                 hidden_states = base_model(**inputs, use_cache=False)[0]
             return CausalLMOutputWithPast(loss=labeled_loss(self.lang_encoder, hidden_states, *labeled))
 
     @torch.no_grad()
     def generate(
-        self,
-        vision_x: Tensor | None,
-        lang_x: Tensor,
-        attention_mask: Tensor | None = None,
-        **generate_kwargs: Any,
+        self, vision_x: Tensor | None, lang_x: Tensor, attention_mask: Tensor | None = None, **generate_kwargs: Any
     ) -> Tensor:
-        """Continue prompts, with Hugging Face's `generate`.
+        """Continue prompts, with Hugging Face's `generate`: long[B, T] → long[B · num_return_sequences, T + new tokens].
 
         Args:
-            vision_x: images [B, I, 1, 3, height, width], as for `forward`.
-            lang_x: prompts, long[B, T], padded on the left.
+            vision_x: as for `forward`.
+            lang_x: prompts, padded on the left.
             attention_mask: [B, T], 0 where a token is padding. None: every token but the padding token counts.
             generate_kwargs: `max_new_tokens`, `num_beams`, … By default a text ends with `<|endofchunk|>`.
-
-        Returns:
-            Prompts and continuations, long[B · num_return_sequences, T + new tokens].
         """
         generate_kwargs.setdefault("eos_token_id", self.eoc_token_id)
         config: Any = getattr(self.lang_encoder, "generation_config", self.lang_encoder.config)
@@ -216,24 +190,16 @@ class Flamingo(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(lang_x) if pad == self.eoc_token_id else (lang_x != pad).long()
         with conditioned(self._condition(vision_x, lang_x, None)):
-            return self.lang_encoder.generate(  # type: ignore[operator]
-                input_ids=lang_x, attention_mask=attention_mask, **generate_kwargs
-            )
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Images
+            generate: Any = self.lang_encoder.generate
+            return generate(input_ids=lang_x, attention_mask=attention_mask, **generate_kwargs)
 
     def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
-        """Keep the latents of a context's images for `forward` and `generate` with `vision_x=None`.
+        """Keep the latents of the images [B, I, 1, 3, height, width] of a context, long[B, T], for calls with `vision_x=None`.
 
-        Text with no `<image>` in any row then sees each row's last image of the context; otherwise its `<image>` tokens
-        stand for the cached images, from the first.
-
-        Args:
-            input_ids: the context's token ids, long[B, T].
-            vision_x: its images [B, I, 1, 3, height, width].
+        Text with no `<image>` in any row then sees each row's last image of the context; otherwise its `<image>` tokens stand for
+        the cached images, from the first.
         """
-        counts = self._count_images(input_ids)
+        counts = (input_ids == self.media_token_id).sum(1).tolist()
         last = torch.tensor(counts, device=input_ids.device).unsqueeze(1)
         self._cached_media = (self._encode_images(vision_x, counts, len(input_ids)), last)
 
@@ -246,42 +212,31 @@ class Flamingo(nn.Module):
     ) -> Conditioning:
         """What the decoder layers need to know of the images."""
         text_time = (lang_x == self.media_token_id).cumsum(1)
+        counts = text_time[:, -1].tolist() if image_counts is None else image_counts
         if vision_x is not None:
-            counts = list(image_counts) if image_counts is not None else self._count_images(lang_x)
-            return Conditioning(self._encode_images(vision_x, counts, len(lang_x)), text_time, start)
-        if self._cached_media is None:
+            latents = self._encode_images(vision_x, counts, len(lang_x))
+        elif self._cached_media is not None:
+            latents, last = self._cached_media
+            check_counts(counts, latents.shape[1])
+            if not any(counts):
+                text_time = last.expand_as(text_time)
+        else:
             raise ValueError("vision_x is None, and no images are cached: pass images, or call cache_media first")
-        latents, last = self._cached_media
-        counts = self._count_images(lang_x)
-        if not any(counts):
-            text_time = last.expand(-1, lang_x.shape[1])
-        check_counts(counts, latents.shape[1])
         return Conditioning(latents, text_time, start)
 
-    def _count_images(self, lang_x: Tensor) -> list[int]:
-        return (lang_x == self.media_token_id).sum(1).tolist()
-
     def _encode_images(self, vision_x: Tensor, counts: Sequence[int], rows: int) -> Tensor:
-        """Latents [B, N, L, E] of the images that the text names, N the most of a row (at least 1).
+        """Latents [B, N, L, E] of the images that the text names, `counts` of each of the `rows`; N is at least 1.
 
-        Only those reach the vision encoder. A batch that names none still encodes one slot, which no token sees: its
-        gradient is 0, but every trained parameter takes part in the step, as data parallelism needs.
-
-        Args:
-            vision_x: [B, I, 1, 3, height, width].
-            counts: images of each row.
-            rows: B.
+        Only those reach the vision encoder. A batch that names none still encodes one slot, which no token sees: its gradient is 0,
+        but every trained parameter takes part in the step, as data parallelism needs.
         """
         if vision_x.ndim != 6 or vision_x.shape[2] != 1:
-            raise ValueError(
-                "vision_x must be (batch, images, frames, channels, height, width) with one frame, "
-                f"not {tuple(vision_x.shape)}"
-            )
+            shape = tuple(vision_x.shape)
+            raise ValueError(f"vision_x must be (batch, images, one frame, channels, height, width), not {shape}")
         if len(vision_x) != rows or len(counts) != rows:
             raise ValueError(f"{rows} rows of text, but {len(vision_x)} of images and {len(counts)} image counts")
         slots = vision_x.shape[1]
         check_counts(counts, slots)
-        most = max(1, *counts)
         if slots and all(count == slots for count in counts):
             return self._encode(vision_x.flatten(0, 1)).unflatten(0, (rows, slots))
 
@@ -289,7 +244,7 @@ class Flamingo(nn.Module):
         index = copy_to(vision_x.device, torch.tensor(real).T)
         images = vision_x[index[0], index[1]] if slots else vision_x.new_zeros(1, *vision_x.shape[2:])
         latents = self._encode(images)
-        padded = latents.new_zeros(rows, most, *latents.shape[1:])
+        padded = latents.new_zeros(rows, max(1, *counts), *latents.shape[1:])
         return padded.index_put((index[0], index[1]), latents)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -300,9 +255,6 @@ class Flamingo(nn.Module):
         features = features.unflatten(0, (len(images), 1, -1)).to(self.perceiver.latents.dtype)  # [M, 1, F, V, E]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         return maybe_checkpoint(self.perceiver, features, recompute=recompute).squeeze(1)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Weights
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
@@ -316,13 +268,3 @@ def check_counts(counts: Sequence[int], slots: int) -> None:
     for row, count in enumerate(counts):
         if count > slots:
             raise ValueError(f"row {row} has {count} <image> tokens but only {slots} image slots")
-
-
-def check_is_causal(lang_encoder: nn.Module) -> None:
-    """Raise ValueError unless this is a decoder-only language model with a head."""
-    name = type(lang_encoder).__name__
-    if getattr(getattr(lang_encoder, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder model; a decoder-only language model is needed")
-    if not hasattr(lang_encoder, "get_output_embeddings") or output_head(lang_encoder) is None:
-        raise ValueError(f"{name} has no language-modeling head; load it with AutoModelForCausalLM")
-    input_embedding(lang_encoder)

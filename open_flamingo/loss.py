@@ -1,15 +1,14 @@
 """The language-modeling loss, with logits only where a label counts.
 
-Of a batch of B × T tokens and a vocabulary of V, the full logits are the largest tensor of a step by far (B·T·V), and
-most of their rows have no label. Here the hidden states of labeled positions are picked first, and logits are made of
-a bounded number of them at a time. Their gradients are taken at once, while the logits are there, and only those of the
-hidden states are kept for the backward pass: no logits are, and none are made twice.
+Of a batch of B × T tokens and a vocabulary of V, the full logits are the largest tensor of a step by far (B·T·V), and most of their
+rows have no label. Here the hidden states of labeled positions are picked first, and logits are made of a bounded number of them at
+a time. Their gradients are taken at once, while the logits are there, and only those of the hidden states are kept for the backward
+pass: no logits are, and none are made twice.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,31 +17,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .language_model import heads_are_tied, input_embedding, output_head
+from .language_model import heads_are_tied, input_embedding, output_head, replaced
 
 IGNORED = -100  # the label of a token that does not count
-# Bytes of logits alive at once: on a CPU some 160 positions of a vocabulary of 50,000 in bfloat16, so that they stay near its cache;
-# on a GPU few rows would leave the matrix units idle. Each piece reads the head's matrix again.
+# Bytes of logits alive at once: on a CPU few, so that they stay near its cache; on a GPU few rows would leave the matrix units idle.
+# Each piece reads the head's matrix again.
 MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**24, 2**26
 
 
 class LabeledPositions(NamedTuple):
-    """Which hidden states predict a token that counts, and that token.
+    """Which hidden states predict a token that counts, and that token: label t is predicted from hidden state t - 1."""
 
-    positions: long[P], indices into the hidden states without each row's last, flattened: [B·(T - 1)].
-    targets: long[P], what follows each: label t is predicted from hidden state t - 1.
-    """
-
-    positions: Tensor
-    targets: Tensor
+    positions: Tensor  # long[P], indices into the hidden states without each row's last, flattened: [B·(T - 1)]
+    targets: Tensor  # long[P], what follows each
 
 
 def labeled_positions(labels: Tensor, device: torch.device) -> LabeledPositions:
-    """
-    Args:
-        labels: long[B, T], `IGNORED` where a token does not count. On a GPU this waits for it, on the CPU it does not.
-        device: where the result goes.
-    """
+    """Of labels long[B, T], on `device`. Labels on a GPU are waited for."""
     targets = labels[:, 1:].flatten()
     positions = (targets != IGNORED).nonzero().squeeze(-1)
     return LabeledPositions(copy_to(device, positions), copy_to(device, targets[positions]))
@@ -51,42 +42,38 @@ def labeled_positions(labels: Tensor, device: torch.device) -> LabeledPositions:
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     """`tensor` on `device`. From the CPU to a GPU, without waiting for what is queued there."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        # From other memory, the copy may wait.
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory, the copy may wait
     return tensor.to(device)
 
 
 def labeled_loss(lang_encoder: nn.Module, hidden_states: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of the tokens that count, in float32.
+    """Mean cross entropy of the tokens that count, in float32, given the last hidden states [B, T, D] of the base model.
 
     Equal to Hugging Face's loss on full logits, but 0 (with a gradient of 0) where no label counts.
-
-    Args:
-        lang_encoder: a Hugging Face causal language model; its head makes the logits.
-        hidden_states: [B, T, D], the last hidden states of its base model.
-        positions, targets: of `labeled_positions`.
     """
     hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
-    device_type, vocabulary = hidden_states.device.type, len(input_embedding(lang_encoder).weight)
-    dtype = _autocast_dtype(device_type) or hidden_states.dtype
-    max_logits = MAX_LOGITS if device_type == "cpu" else MAX_LOGITS_ON_GPU
-    chunk = max(1, max_logits // dtype.itemsize // vocabulary)
-    owner = input_embedding(lang_encoder) if heads_are_tied(lang_encoder) else output_head(lang_encoder)
-    trained_rows = [] if owner is None else [p for p in owner.parameters() if p.requires_grad]
-    with _head_in_the_type_of_products(lang_encoder, device_type):
-        pieces = zip(hidden_states.split(chunk), targets.split(chunk))
-        if torch.is_grad_enabled() and dtype == torch.float16:
+    embedding, head = input_embedding(lang_encoder), output_head(lang_encoder)
+    device = hidden_states.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocasts else hidden_states.dtype
+    max_logits = MAX_LOGITS if device == "cpu" else MAX_LOGITS_ON_GPU
+    chunk = max(1, max_logits // dtype.itemsize // len(embedding.weight))
+    pieces = zip(hidden_states.split(chunk), targets.split(chunk))
+    owner = embedding if heads_are_tied(lang_encoder) else head
+    trained_rows = [parameter for parameter in owner.parameters() if parameter.requires_grad]
+    # A frozen head is held in float32, as checkpoints hold it: autocast would convert it again for every piece.
+    weight = head._parameters.get("weight")
+    convert = autocasts and weight is not None and not weight.requires_grad
+    with replaced(head._parameters, "weight", weight.to(dtype)) if convert else nullcontext():
+        if not torch.is_grad_enabled():
+            total: Any = sum(_summed_loss(lang_encoder, *piece) for piece in pieces)
+        elif dtype == torch.float16:
             # The loss scale must come before any rounding to float16: so gradients wait for the backward pass, and logits are made
             # a second time there.
             losses = [checkpoint(_summed_loss, lang_encoder, *piece, use_reentrant=False) for piece in pieces]
             total = torch.stack(losses).sum()
-        elif torch.is_grad_enabled():
-            logits = partial(logits_of, lang_encoder)
-            total = _SummedLoss.apply(logits, chunk, hidden_states, targets, *trained_rows)
         else:
-            total = hidden_states.new_zeros((), dtype=torch.float32)
-            for piece in pieces:
-                total += _summed_loss(lang_encoder, *piece)
+            total = _SummedLoss.apply(lang_encoder, chunk, hidden_states, targets, *trained_rows)
     return total / max(1, len(targets))
 
 
@@ -94,43 +81,12 @@ def _summed_loss(lang_encoder: nn.Module, hidden_states: Tensor, targets: Tensor
     return F.cross_entropy(logits_of(lang_encoder, hidden_states).float(), targets, reduction="sum")
 
 
-@contextmanager
-def _head_in_the_type_of_products(lang_encoder: nn.Module, device_type: str) -> Iterator[None]:
-    """Within this `with`, a frozen output head's matrix is in the type that autocast computes products in.
-
-    It is held in float32, as checkpoints hold it, and autocast would convert it again for every piece of the logits.
-    """
-    parameters = getattr(output_head(lang_encoder), "_parameters", {})
-    weight = parameters.get("weight")
-    dtype = _autocast_dtype(device_type)
-    if weight is None or weight.requires_grad or dtype is None:
-        yield
-        return
-    parameters["weight"] = weight.to(dtype)
-    try:
-        yield
-    finally:
-        parameters["weight"] = weight
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The type that autocast computes products in; None without autocast."""
-    autocasts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocasts else None
-
-
 class _SummedLoss(torch.autograd.Function):
-    """The sum of the cross entropies of the logits of pieces of `chunk` rows, and its gradients with respect to `hidden`
-    and `trained`, which the forward pass takes piece by piece."""
+    """The sum of the cross entropies, whose forward pass also takes its gradients, of `chunk` rows of `hidden` at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_of_hidden: Callable[[Tensor], Tensor],
-        chunk: int,
-        hidden: Tensor,
-        targets: Tensor,
-        *trained: Tensor,
+        ctx: Any, lang_encoder: nn.Module, chunk: int, hidden: Tensor, targets: Tensor, *trained: Tensor
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty_like(hidden)
@@ -138,7 +94,7 @@ class _SummedLoss(torch.autograd.Function):
         for place in range(0, len(targets), chunk):
             piece = hidden[place : place + chunk].detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_of_hidden(piece)
+                logits = logits_of(lang_encoder, piece)
             total += _loss_and_gradient(logits.detach(), targets[place : place + chunk])
             of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], logits.detach())
             del logits  # before the next ones are made
@@ -157,8 +113,7 @@ class _SummedLoss(torch.autograd.Function):
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum of the cross entropies, float32[]. `logits` [P, V] become its gradient with respect to them.
 
-    The gradient of -log softmax(logits)[target] is softmax(logits) - onehot(target). Autograd would make four more tensors of
-    this size.
+    That is softmax(logits) - onehot(targets). Autograd would make four more tensors of this size.
     """
     values, targets = logits.float(), targets[:, None]  # float32 values are the logits themselves
     values.sub_(values.amax(1, keepdim=True))
@@ -185,46 +140,38 @@ class EchoOutput(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-class Echo(nn.Module):
-    """Stands in for a language model's base model: gives the hidden states that it was made with, and has what that one has.
+@dataclass(eq=False)  # hashed, as modules are
+class Echo:
+    """Stands in for a base model: gives these hidden states, and has what that one has (Falcon-H1's head reads a constant of it)."""
 
-    (OPT's head calls `model.decoder`; Falcon-H1's reads `model.lm_head_multiplier`.)
-    """
-
-    def __init__(self, base_model: nn.Module, hidden_states: Tensor) -> None:
-        super().__init__()
-        self._base_model = [base_model]  # in a list, so as not to become part of this module
-        self.hidden_states = hidden_states
+    base_model: nn.Module
+    hidden_states: Tensor
 
     @property
-    def decoder(self) -> "Echo":
+    def decoder(self) -> "Echo":  # which OPT's head calls
         return self
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_base_model"][0], name)
+        return getattr(self.base_model, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> EchoOutput:
+    def __call__(self, *args: Any, **kwargs: Any) -> EchoOutput:
         return EchoOutput(last_hidden_state=self.hidden_states)
 
 
 def logits_of(lang_encoder: nn.Module, hidden_states: Tensor) -> Tensor:
     """Logits [P, V] of hidden states [P, D], by whatever the model does after its base model.
 
-    Heads are more than a matrix: Gemma 2 caps its logits, Cohere and Granite scale them. So the model's own forward
-    runs, on a shallow copy whose base model is an `Echo`: the copy shares all parameters and is thrown away.
+    Heads are more than a matrix: Gemma 2 caps its logits, Cohere and Granite scale them. So the model's own forward runs, on a
+    shallow copy whose base model is an `Echo`: the copy shares all parameters and is thrown away.
     """
     model: Any = copy.copy(lang_encoder)
-    model._modules = dict(lang_encoder._modules)
-    model._modules[model.base_model_prefix] = Echo(model.base_model, hidden_states.unsqueeze(0))
+    echo: Any = Echo(model.base_model, hidden_states.unsqueeze(0))
+    model._modules = lang_encoder._modules | {model.base_model_prefix: echo}
     return model.forward(input_ids=None, use_cache=False, return_dict=True).logits.squeeze(0)
 
 
 def has_base_model(lang_encoder: nn.Module) -> bool:
-    """Whether the model keeps what makes hidden states apart from its head. Code from a hub may not: MPT-1B's has neither
-    a base model nor a head, but multiplies by the embedding matrix."""
-    head = output_head(lang_encoder)
+    """Whether the model keeps what makes hidden states apart from its head. Code from a hub may not: MPT-1B's has neither a base
+    model nor a head, but multiplies by the embedding matrix."""
     base_model = lang_encoder._modules.get(getattr(lang_encoder, "base_model_prefix", ""))
-    return base_model is not None and head is not None and head is not input_embedding(lang_encoder)
+    return base_model is not None and output_head(lang_encoder) is not input_embedding(lang_encoder)

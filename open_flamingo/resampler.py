@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+HEADS = 8
+ATTENTION_WIDTH = HEADS * 64  # H·K of both kinds of attention, whatever D is
+
 
 class FeedForward(nn.Sequential):
-    """Pre-norm feed-forward D → mult·D → D without biases, as in both trained parts of the model."""
+    """Pre-norm feed-forward D → 4·D → D without biases, as in both trained parts of the model."""
 
-    def __init__(self, dim: int, mult: int = 4) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, dim * mult, bias=False),
-            nn.GELU(),
-            nn.Linear(dim * mult, dim, bias=False),
+            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,10 +34,7 @@ class FeedForward(nn.Sequential):
 
 
 class _GeluLinear(torch.autograd.Function):
-    """`linear(gelu(hidden), weight)` that keeps `hidden` alone for the backward pass, and makes gelu's result there again.
-
-    It is the widest tensor of the block: autograd would keep both.
-    """
+    """`linear(gelu(hidden), weight)` that keeps only `hidden` for the backward pass: autograd would keep gelu's result, as wide, too."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -54,63 +51,38 @@ class _GeluLinear(torch.autograd.Function):
         return of_hidden, of_weight
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H·K] → [B, H, T, K], the layout of `scaled_dot_product_attention`."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, T, K] → [B, T, H·K]."""
-    return x.transpose(1, 2).flatten(2)
+def attend(query: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention in `HEADS` heads: queries [B, T, H·K], keys and values [B, S, 2·H·K], mask [B, 1, T, S] → [B, T, H·K]."""
+    query, key, value = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, *keys_values.chunk(2, dim=-1)))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class PerceiverAttention(nn.Module):
     """The latents attend to the patch tokens and to themselves."""
 
-    def __init__(self, dim: int, dim_head: int = 64, heads: int = 8) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.heads = heads
-        inner = dim_head * heads
         self.norm_media = nn.LayerNorm(dim)
         self.norm_latents = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim, inner * 2, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.to_q = nn.Linear(dim, ATTENTION_WIDTH, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * ATTENTION_WIDTH, bias=False)
+        self.to_out = nn.Linear(ATTENTION_WIDTH, dim, bias=False)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         """features [B, V, D], latents [B, L, D] → [B, L, D] (to be added to the latents)."""
         latents = self.norm_latents(latents)
         query = self.to_q(latents)
-        key, value = self.to_kv(torch.cat([self.norm_media(features), latents], dim=1)).chunk(2, dim=-1)
-        query, key, value = (split_heads(x, self.heads) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value)
-        return self.to_out(merge_heads(out))
+        keys_values = self.to_kv(torch.cat([self.norm_media(features), latents], dim=1))
+        return self.to_out(attend(query, keys_values))
 
 
 class PerceiverResampler(nn.Module):
-    """
-    Args:
-        dim: D, the width of the vision encoder's patch tokens and of the latents.
-        depth: attention and feed-forward pairs.
-        dim_head, heads: attention of `heads` × `dim_head`, whatever `dim` is.
-        num_latents: L, latents per image.
-        ff_mult: the feed-forward's inner width ÷ D.
-    """
+    """`depth` layers of attention and feed-forward make `num_latents` latents of width `dim` from patch tokens of that width."""
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int = 6,
-        dim_head: int = 64,
-        heads: int = 8,
-        num_latents: int = 64,
-        ff_mult: int = 4,
-    ) -> None:
+    def __init__(self, dim: int, depth: int = 6, num_latents: int = 64) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, dim_head, heads), FeedForward(dim, ff_mult)]) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(nn.ModuleList([PerceiverAttention(dim), FeedForward(dim)]) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -118,9 +90,8 @@ class PerceiverResampler(nn.Module):
         batch, images = features.shape[:2]
         features = features.flatten(2, 3).flatten(0, 1)  # [B·N, F·V, D]
         latents = self.latents.expand(batch * images, -1, -1)
-        pair: Any
-        for pair in self.layers:
-            attention, feed = pair
+        layers: Any = self.layers
+        for attention, feed in layers:
             latents = attention(features, latents) + latents
             latents = feed(latents) + latents
         return self.norm(latents).unflatten(0, (batch, images))

@@ -28,7 +28,7 @@ from open_flamingo.train.distributed import World, detect_launcher, distributed,
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import Sharding, full_tensor, parallelize
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
-from open_flamingo.weights import trained_state_dict
+from open_flamingo.weights import trained_tensors
 from tests.families import FAMILIES, IMAGE, VIS_DIM, VOCABULARY, flamingo, language_model
 
 UPDATES = {"short": 2, "long": 10}
@@ -123,7 +123,7 @@ def run(model: Flamingo, world: World, sharding: Sharding | None, accumulation: 
             source.reset()
     result = {
         "losses": losses,
-        "weights": trained_state_dict(model, full_tensor),
+        "weights": dict(trained_tensors(model, full_tensor)),
         "held": gather_objects(held(model, optimizer)),
     }
     # A process that ends with a live DDP object may abort, and DDP is part of a cycle.

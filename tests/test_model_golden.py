@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from open_flamingo import Flamingo, create_model_and_transforms
 from open_flamingo.vision import patch_tokens
-from open_flamingo.weights import reference_parameter_names, trained_state_dict
+from open_flamingo.weights import reference_parameter_names, trained_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 PAD = 1002
@@ -226,7 +226,7 @@ def train_five_steps(model: Flamingo) -> tuple[dict[str, Tensor], list[dict[str,
 def test_five_training_steps(lm: str, every: int, gradient_checkpointing: bool) -> None:
     golden, embedding = outputs(lm, every), keys(lm, every)["embedding_param"][0]
     model = build(lm, every, gradient_checkpointing=gradient_checkpointing)
-    before = trained_state_dict(model)[embedding].clone()
+    before = dict(trained_tensors(model))[embedding].clone()
     gradients, history = train_five_steps(model)
 
     for name in ("loss_laion", "loss_mmc4"):
@@ -252,7 +252,7 @@ def test_five_training_steps(lm: str, every: int, gradient_checkpointing: bool) 
             expected = golden[f"grad.{theirs}"]
             torch.testing.assert_close(gradient, expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
 
-    after = trained_state_dict(model)
+    after = dict(trained_tensors(model))
     for name in names.values():
         assert_digest(after[name], golden[f"after5_digest.{name}"])
         if f"after5.{name}" in golden:
@@ -277,7 +277,7 @@ def test_names_are_the_references(lm: str, every: int) -> None:
 
     kept = {name.removeprefix("module.") for name in golden["peer_checkpoint_keys_ddp"]}
     lost = set() if golden["output_tied_to_input"] else {"lang_encoder.lm_head.weight"}
-    ours = trained_state_dict(model)
+    ours = dict(trained_tensors(model))
     assert set(ours) == kept | lost
     shapes = golden["unfiltered_keys"]
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == {n: shapes[n]["shape"] for n in ours}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_flamingo import Flamingo
-from open_flamingo.weights import reference_parameter_names, trained_state_dict
+from open_flamingo.weights import reference_parameter_names, trained_tensors
 from tests.families import IMAGE, flamingo, images, language_model, text
 from tests.test_model_golden import MODELS, build, inputs, keys, outputs
 
@@ -32,7 +32,7 @@ def test_a_reference_checkpoint_loads(lm: str, every: int, filtered: bool, prefi
     assert result.missing_keys == []
     assert result.unexpected_keys == []
     assert model.load_state_dict(given) == result  # strict
-    for name, tensor in trained_state_dict(model).items():
+    for name, tensor in trained_tensors(model):
         if prefix + name in given:
             assert torch.equal(tensor, given[prefix + name]), name
     if not filtered:
@@ -57,7 +57,7 @@ def test_second_names_are_enough(lm: str, every: int) -> None:
 def test_our_checkpoint_restores_the_model(lm: str, every: int) -> None:
     """Through a file, into a model with other values; and with all that is saved, nothing trained is missing."""
     model, golden = build(lm, every), outputs(lm, every)
-    saved = trained_state_dict(model)
+    saved = dict(trained_tensors(model))
     other = build(lm, every)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -92,7 +92,7 @@ def test_trained_rows_of_an_untied_head_are_saved_and_loaded() -> None:
     head = model.lang_encoder.lm_head
     with torch.no_grad():
         head.new_rows.normal_()
-    saved = trained_state_dict(model)
+    saved = dict(trained_tensors(model))
     assert torch.equal(saved["lang_encoder.lm_head.weight"][head.new_ids], head.new_rows)
 
     # A run that does not train them gets them all the same.
@@ -113,11 +113,11 @@ def test_trained_rows_of_an_untied_head_are_saved_and_loaded() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("theirs", "ours"), [(61, 64), (64, 61)])
 def test_vocabularies_padded_to_another_size(tied: bool, theirs: int, ours: int) -> None:
-    given = trained_state_dict(flamingo(language_model("llama", tied, vocab_size=theirs)))
+    given = dict(trained_tensors(flamingo(language_model("llama", tied, vocab_size=theirs))))
     model = flamingo(language_model("llama", tied, vocab_size=ours))
     result = model.load_state_dict(given)
     assert result.unexpected_keys == []
-    after = trained_state_dict(model)
+    after = dict(trained_tensors(model))
     for name in ("lang_encoder.model.embed_tokens.weight", "lang_encoder.lm_head.weight"):
         assert len(after[name]) == ours
         assert torch.equal(after[name][:61], given[name][:61])
@@ -126,7 +126,7 @@ def test_vocabularies_padded_to_another_size(tied: bool, theirs: int, ours: int)
 def test_old_names_of_transformers() -> None:
     """GPT-NeoX's head was `embed_out` until transformers 5, and its layers kept constants as buffers."""
     model = build("gpt_neox", 1)
-    given = trained_state_dict(model)
+    given = dict(trained_tensors(model))
     head = torch.randn_like(given.pop("lang_encoder.lm_head.weight"))
     attention = "lang_encoder.gpt_neox.layers.0.decoder_layer.attention."
     given |= {
