@@ -28,10 +28,13 @@ import math
 import multiprocessing
 import os
 import tarfile
+import threading
 import zipfile
-from _thread import start_new_thread
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -61,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         convert(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except BrokenProcessPool:
+        sys.exit(
+            "error: a worker was killed: is the machine out of memory? The same command goes on, with fewer --workers if it is"
+        )
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -83,11 +90,11 @@ def convert(args: argparse.Namespace) -> None:
     for leftover in out.glob(".*.tmp"):  # of a run that was killed
         leftover.unlink()
 
-    with multiprocessing.Pool(args.workers, initializer=start_new_thread, initargs=(_exit_with_parent, ())) as pool:
+    with ProcessPoolExecutor(args.workers, initializer=_exit_with_parent) as pool:
         # What decides which document goes where is kept, with the number of documents in each zip.
         settings = {"num_files_per_shard": args.num_files_per_shard, "zip_sizes": sizes}
         if not (out / SETTINGS).exists():
-            documents = list(tqdm(pool.imap(count_documents, zips), total=len(zips), desc="counting", unit="zip"))
+            documents = list(tqdm(pool.map(count_documents, zips), total=len(zips), desc="counting", unit="zip"))
             with atomic_write(out / SETTINGS) as file:
                 file.write(json.dumps({**settings, "documents": documents}).encode())
         saved = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
@@ -105,7 +112,7 @@ def convert(args: argparse.Namespace) -> None:
             open(out / FINISHED, "a", encoding="utf-8", buffering=1) as listing,
         ):
             left = [(path, pieces) for path, pieces in shards.items() if path.name not in finished]
-            for name, counts in pool.imap(write_shard, left):
+            for name, counts in pool.map(write_shard, left):
                 listing.write(json.dumps({"shard": name, "counts": counts}) + "\n")
                 totals += counts
                 bar.update(counts["documents"] + counts["bad_documents"])
@@ -154,8 +161,12 @@ def _read_finished(out: Path) -> dict[str, Counter[str]]:
 
 def _exit_with_parent() -> None:
     """Without this, a worker of a killed run would wait for work forever, after finishing what it had."""
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def read_documents(path: str) -> Iterator[bytes]:
@@ -165,7 +176,7 @@ def read_documents(path: str) -> Iterator[bytes]:
             names = archive.namelist()
             with archive.open(next((name for name in names if name.endswith((".jsonl", ".json"))), names[0])) as lines:
                 yield from (line for line in lines if line.strip())
-    except (zipfile.BadZipFile, IndexError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, IndexError, EOFError) as error:
         raise ValueError(f"{path} is not a readable zip of documents: {error}") from error
 
 
@@ -182,7 +193,7 @@ def write_shard(shard: tuple[Path, list[Piece]]) -> tuple[str, Counter[str]]:
             for number, line in enumerate(islice(read_documents(zip_path), start, end), start):
                 try:
                     document = _with_images(line, image_dir, counts)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):  # a thousand brackets deep
                     counts["bad_documents"] += 1
                     continue
                 # Neither time nor user: the same input gives the same bytes.

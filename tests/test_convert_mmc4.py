@@ -6,6 +6,8 @@ import base64
 import hashlib
 import io
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -130,7 +132,8 @@ def test_what_is_missing_or_broken_is_left_out_and_summed_up(
     (tmp_path / "images" / "0" / "0.png").unlink()
     (tmp_path / "images" / "1" / "1.png").write_bytes(b"no picture")
     with zipfile.ZipFile(tmp_path / "shard_3.zip", "w") as archive:
-        archive.writestr("docs.jsonl", '{"text_list": []}\n\n{broken\n{"image_info": [], "text_list": []}')
+        deep = "[" * 100_000
+        archive.writestr("docs.jsonl", f'{{"text_list": []}}\n\n{deep}\n{{"image_info": [], "text_list": []}}')
     main([*flags, f"--output_dir={tmp_path}/out", "--num_files_per_shard=4"])
     output = capsys.readouterr().out
     assert "7 documents in 3 shards, 6 images" in output
@@ -150,8 +153,30 @@ def test_unusable_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="is not a folder"):
         main([flags[0], f"--image_dir={tmp_path}/none", f"--output_dir={tmp_path}/out"])
     (tmp_path / "bad.zip").write_bytes(b"no zip")
-    with pytest.raises(SystemExit, match=r"bad\.zip is not a readable zip"):
-        main([f"--zip_files={tmp_path}/bad.zip", flags[1], f"--output_dir={tmp_path}/out"])
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("docs.jsonl", random.Random(0).randbytes(1000))
+    data = bytearray((tmp_path / "damaged.zip").read_bytes())
+    data[45] ^= 255  # of the deflated bytes
+    (tmp_path / "damaged.zip").write_bytes(data)
+    for name in ("bad", "damaged"):
+        with pytest.raises(SystemExit, match=rf"{name}\.zip is not a readable zip"):
+            main([f"--zip_files={tmp_path}/{name}.zip", flags[1], f"--output_dir={tmp_path}/{name}"])
+
+
+def test_a_killed_worker_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
+    flags = write_mmc4_download(tmp_path, zips=2, documents=40, size=(700, 700))
+    flags += [f"--output_dir={tmp_path / 'out'}", "--num_files_per_shard=1", "--workers=2"]
+    command = [sys.executable, "scripts/convert_mmc4_to_wds.py", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while len(contents_so_far(tmp_path / "out")) < 3:
+            assert process.poll() is None, "it ended before its worker could be killed"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        _, error = process.communicate()
+    assert process.returncode == 1
+    assert "a worker was killed" in error
+    main(flags)
+    assert len(contents_so_far(tmp_path / "out")) == 80
 
 
 def test_shards_of_another_input_are_not_mixed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torchvision import transforms
 
 from open_flamingo.train.data.images import ImagePreparer, image_size, image_spec, normalization
 from open_flamingo.train.data.samples import SampleError
+from open_flamingo.train.step import TrainDataset
 from tests.data_tools import image_processor
 
 
@@ -151,10 +153,13 @@ def test_flip_mirrors() -> None:
         assert np.array_equal(prepare(data, flip=True), prepare(data)[:, :, ::-1])
 
 
-def test_normalized_bytes_are_what_the_image_processor_gives() -> None:
+@pytest.mark.parametrize("standard", [True, False])
+def test_the_vision_encoder_gets_what_the_image_processor_gives(standard: bool) -> None:
     image = Image.fromarray(pixels(300, 260, "soft"))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalization(image_processor()))
-    ours = (torch.from_numpy(ImagePreparer(image_processor())(encoded(image))).float() / 255 - mean) / std
+    processor = image_processor() if standard else lambda image: image_processor()(image)
+    prepared = torch.from_numpy(ImagePreparer(processor)(encoded(image)))
+    dataset = TrainDataset("laion", 1.0, None, normalization(processor), torch.device("cpu"))
+    ours = dataset.images(SimpleNamespace(images=prepared))
     assert (ours - image_processor()(image)).abs().max() < 1.01 / 255 / 0.26
 
 
@@ -165,7 +170,7 @@ def squash(image: Image.Image) -> torch.Tensor:
 
 def test_another_image_processor_is_called() -> None:
     assert image_spec(squash) is None
-    assert normalization(squash) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert normalization(squash) is None
     prepared = ImagePreparer(squash)(encoded(Image.fromarray(pixels(50, 20))))
     assert prepared.dtype == np.float32
     assert prepared.shape == (3, 8, 8)

@@ -92,10 +92,10 @@ def image_spec(image_processor: Any) -> ImageSpec | None:
     )
 
 
-def normalization(image_processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by channel, to apply to `images / 255`; 0 and 1 where the loader gives normalized floats."""
+def normalization(image_processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation by channel, to apply to `images / 255`; None where the loader gives normalized floats."""
     spec = image_spec(image_processor)
-    return ((0.0,) * 3, (1.0,) * 3) if spec is None else (spec.mean, spec.std)
+    return None if spec is None else (spec.mean, spec.std)
 
 
 def image_size(data: bytes) -> tuple[int, int]:

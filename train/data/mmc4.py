@@ -120,7 +120,7 @@ class Mmc4Preparer:
         text, image_map = document["example"], document["image_map"]
         markers = MARKER.findall(text)[: self.max_num_images]
         parts = MARKER.split(text)
-        parts = [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]  # nor here
+        parts = [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]  # no space before <image>
         images = [decode_base64(image_map[marker]["base64_image"]) for marker in markers]
         if any(self.prepare_image.exceeds_max_pixels(image) for image in images):
             raise Drop("image_too_large")  # the text speaks of it: there is no document without it
