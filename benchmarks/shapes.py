@@ -7,17 +7,18 @@ width.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-LATENTS, INNER, RESAMPLER_DEPTH, FF_MULT = 64, 512, 6, 4
-"""Of the resampler and of gated cross-attention, in both programs: latents an image, heads × width of a head, layers, and
-the feed-forward's inner width ÷ its outer."""
+if TYPE_CHECKING:
+    from open_flamingo.train.flops import ModelFlops
+
 SHAPE_FILE = "shape.json"
 
 
@@ -169,71 +170,46 @@ def _draw(
 
 
 def needed_flops(shape: Shape, batch: dict[str, dict[str, Tensor]], media_id: int) -> dict[str, float]:
-    """Floating-point operations of the matrix products that one update on `batch` needs, by part; a product of m × k
-    and k × n is 2·m·k·n.
+    """Of one update on `batch`, by part: see `train.flops`."""
+    from open_flamingo.train.flops import Work  # not where the reference runs
 
-    - vision: real images only, and forward only, since nothing before or in it is trained.
-    - resampler: real images, forward and twice that backward (gradients of inputs and of weights), since all of it is
-      trained.
-    - gated cross-attention: the same, for every token; each token attends to the latents of one image.
-    - language model: forward once and backward once, since frozen weights need no gradient of their own. Causal attention
-      is counted over the half that is not masked, forward once and backward twice.
-    - head: forward and backward, at the positions that have a label.
+    totals: Counter[str] = Counter()
+    for rows in batch.values():
+        input_ids, (count, length) = rows["input_ids"], rows["input_ids"].shape
+        with_image = (input_ids == media_id).cumsum(1) > 0
+        # Labels are of all tokens from the first <image> on but <image> itself; documents here have no text between
+        # <|endofchunk|> and the next <image>. A label at a row's first token has nothing before it that predicts it.
+        labeled = (with_image & (input_ids != media_id))[:, 1:]
+        work = Work(
+            images=int(rows["image_counts"].sum()),
+            tokens=input_ids.numel(),
+            with_image=int(with_image.sum()),
+            labeled=int(labeled.sum()),
+            pairs=count * length * (length + 1) // 2,
+        )
+        totals.update(model_flops(shape).needed(work))
+    return dict(totals)
 
-    Recomputing, padding, masked products and gradients of frozen weights are not needed, so not counted. Neither are
-    elementwise operations, which are no matrix products.
-    """
-    totals = dict.fromkeys(("vision", "resampler", "gated cross-attention", "language model", "head"), 0.0)
-    for kind in ("laion", "mmc4"):
-        for part, flops in _flops_of(shape, batch[kind], kind == "mmc4", media_id).items():
-            totals[part] += flops
-    return totals
 
-
-def _flops_of(shape: Shape, rows: dict[str, Tensor], interleaved: bool, media_id: int) -> dict[str, float]:
-    input_ids, images = rows["input_ids"], float(rows["image_counts"].sum())
-    tokens = float(input_ids.numel())
-    with_image = float(((input_ids == media_id).cumsum(1) > 0).sum())  # tokens
-    # Labels are of all tokens from the first <image> on but <image> itself; documents here have no text between
-    # <|endofchunk|> and the next <image>. A label at a row's first token has nothing before it that predicts it.
-    labeled = float((((input_ids == media_id).cumsum(1) > 0) & (input_ids != media_id))[:, 1:].sum())
+def model_flops(shape: Shape) -> ModelFlops:
+    """What the sizes of `shape` need, without making the model."""
+    from open_flamingo.train.flops import ModelFlops
 
     width, patch = shape.vision["width"], shape.vision["patch_size"]
     patches = (shape.vision["image_size"] // patch) ** 2
     positions = patches + 1  # and the class token
     vision = 2 * patches * 3 * patch**2 * width
     vision += shape.vision["layers"] * (2 * positions * 12 * width**2 + 4 * positions**2 * width)
-
-    keys = patches + LATENTS
-    resampler = RESAMPLER_DEPTH * (
-        2 * LATENTS * width * INNER * 2  # queries, and the way out
-        + 2 * keys * width * 2 * INNER  # keys and values
-        + 4 * LATENTS * keys * INNER  # attention
-        + 4 * LATENTS * width * FF_MULT * width
-    )
-
-    dim, layers, vocabulary = language_sizes(shape)
-    gated = layers // shape.cross_attn_every_n_layers
-    cross_attention = gated * (
-        2 * tokens * dim * INNER * 2
-        + 2 * images * LATENTS * width * 2 * INNER
-        + 4 * with_image * LATENTS * INNER
-        + 4 * tokens * dim * FF_MULT * dim
-    )
-    linear = layers * 2 * tokens * 12 * dim**2
-    attention = layers * 4 * dim * len(input_ids) * input_ids.shape[1] * (input_ids.shape[1] + 1) / 2
-    return {
-        "vision": vision * images,
-        "resampler": 3 * resampler * images,
-        "gated cross-attention": 3 * cross_attention,
-        "language model": 2 * linear + 3 * attention,
-        "head": 2 * 2 * labeled * dim * vocabulary,
-    }
-
-
-def language_sizes(shape: Shape) -> tuple[int, int, int]:
-    """D, decoder layers, vocabulary."""
     config = shape.language
     dim = config.get("hidden_size") or config["d_model"]
     layers = config.get("num_hidden_layers") or config["n_layers"]
-    return dim, layers, shape.vocabulary
+    return ModelFlops(
+        vision=vision,
+        patches=patches,
+        width=width,
+        dim=dim,
+        layers=layers,
+        decoder=layers * 12 * dim**2,
+        vocabulary=shape.vocabulary,
+        gated=layers // shape.cross_attn_every_n_layers,
+    )

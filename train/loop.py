@@ -6,7 +6,7 @@ import argparse
 import gc
 import logging
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from open_flamingo.train.distributed import (
     run_on_rank0,
 )
 from open_flamingo.train.errors import UserError, exit_on_error, user_error
+from open_flamingo.train.flops import ModelFlops
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
 from open_flamingo.train.libraries import check_libraries
 from open_flamingo.train.lock import run_lock
@@ -55,7 +56,7 @@ from open_flamingo.train.parallel import (
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure, setup_logging
 from open_flamingo.train.schedule import Plan
-from open_flamingo.train.step import TrainDataset, Trainer, train_step
+from open_flamingo.train.step import TrainDataset, Trainer, train_step, trained_parts
 from open_flamingo.train.validation import Validator, build_validator
 from open_flamingo.train.watchdog import Watchdog
 
@@ -165,14 +166,15 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
             progress = plan.after_update(progress)
             step = progress.step
             health.begin(step)
-            gradient_norm = train_step(trainer, learning_rate, health)
+            is_logged = itstime(step, args.logging_steps) or step == last_step
+            gradient_norm = train_step(trainer, learning_rate, health, is_logged)
             watchdog.end_startup()
             reporter.advance()
 
-            if itstime(step, args.logging_steps) or step == last_step:
+            if is_logged:
                 now = time.perf_counter()
                 values = {"epoch": plan.epochs_done(progress)}
-                values |= measure(trainer, world, health, gradient_norm, now - logged)
+                values |= measure(state, health, gradient_norm, now - logged)
                 values["lr"] = plan.rate_after(progress)
                 values["seconds_left"] = (now - began) / (step - first_step) * (last_step - step)
                 reporter.log(step, values)
@@ -268,6 +270,9 @@ def build(
     with user_error("cannot resume"), raise_on_all_ranks():
         if world.is_main:
             restore_model(start, model)
+    flops = None
+    with suppress(Exception):  # of a tower that cannot be counted there is no figure
+        flops = ModelFlops.of(model, image_processor(Image.new("RGB", (64, 64))))
     watchdog.set_phase("broadcasting weights")
     cast_frozen_weights(model, args.precision)
     parallel_model = parallelize(model, world, sharding).train()
@@ -302,9 +307,10 @@ def build(
         accumulation=args.gradient_accumulation_steps,
         scaler=scaler,
         reduce_gradients=partial(reduce_gradients, parallel_model, dummy, args.precision),
+        parts=trained_parts(model),
     )
     lanes = next(iter(options.values())).lanes
-    state = TrainState(args, world, plan, model, trainer, lanes, start.started_from)
+    state = TrainState(args, world, plan, model, trainer, lanes, start.started_from, flops)
     watchdog.set_phase("reading the validation samples")
     with user_error("cannot load the data"):
         return state, build_validator(state, tokenizer, image_processor)

@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import os
+import resource
 import secrets
+import statistics
 import sys
 import threading
 from collections import Counter
@@ -24,9 +26,10 @@ from tqdm import tqdm
 from open_flamingo.train.atomic import atomic_write
 from open_flamingo.train.checkpoint.resume import TrainState
 from open_flamingo.train.data.options import DataOptions
-from open_flamingo.train.distributed import World, gather_objects
+from open_flamingo.train.distributed import gather_objects
+from open_flamingo.train.flops import Work, peak_flops
 from open_flamingo.train.health import Health
-from open_flamingo.train.step import Trainer
+from open_flamingo.train.parallel import full_tensor
 from open_flamingo.train.validation import Caption
 
 log = logging.getLogger(__name__)
@@ -80,28 +83,83 @@ def describe(state: TrainState, options: dict[str, DataOptions], step: int) -> N
     )
 
 
-def measure(
-    trainer: Trainer, world: World, health: Health, gradient_norm: torch.Tensor | None, seconds: float
-) -> dict[str, Any]:
-    """The values of a log line, of the `seconds` since the last one; None for what is not finite, or was left out."""
+def measure(state: TrainState, health: Health, gradient_norm: torch.Tensor | None, seconds: float) -> dict[str, Any]:
+    """The values of a log line, of the `seconds` since the last one; None for what is not finite, or was left out.
+
+    Rates and sums are of all ranks, times of the slowest; memory is that of the rank that has the most.
+    """
+    trainer, world = state.trainer, state.world
     datasets = trainer.datasets
-    waited = sum(dataset.seconds_waited for dataset in datasets)
-    ranks = gather_objects((waited, {dataset.kind: (dataset.dropped, dataset.errors) for dataset in datasets}))
-    norm = math.nan if gradient_norm is None else gradient_norm.item()
-    values: dict[str, Any] = {"grad_norm": norm if math.isfinite(norm) else None}
-    values["data_wait"] = max(waited for waited, _ in ranks) / seconds  # all wait for the slowest
+    ranks = gather_objects(
+        {
+            "waited": sum(dataset.seconds_waited for dataset in datasets),
+            "memory": _peak_memory(world.device),
+            "left out": {dataset.kind: (dataset.dropped, dataset.errors) for dataset in datasets},
+            "work": [sum(column) for column in zip(*(dataset.work for dataset in datasets), strict=True)],
+            "positions": sum(dataset.positions for dataset in datasets),
+        }
+    )
+    values = _read_device(state, gradient_norm)
+    values["data_wait"] = max(rank["waited"] for rank in ranks) / seconds
     for dataset in datasets:
         kind = dataset.kind
         values[f"loss_{kind}"] = dataset.loss / dataset.forwards if dataset.forwards else None
         values[f"samples_per_second_{kind}"] = dataset.samples * world.world_size / seconds
-        values[f"dropped_{kind}"] = dict(sum((counts[kind][0] for _, counts in ranks), Counter()))
-        values[f"errors_{kind}"] = dict(sum((counts[kind][1] for _, counts in ranks), Counter()))
+        values[f"dropped_{kind}"] = dict(sum((rank["left out"][kind][0] for rank in ranks), Counter()))
+        values[f"errors_{kind}"] = dict(sum((rank["left out"][kind][1] for rank in ranks), Counter()))
         values[f"bad_batches_{kind}"] = health.bad_batches[kind]
         dataset.reset()
+    work = Work(*(sum(column) for column in zip(*(rank["work"] for rank in ranks), strict=True)))
+    values["tokens_per_second"] = work.tokens / seconds
+    values["images_per_second"] = work.images / seconds
+    values["padding"] = 1 - work.tokens / max(1, sum(rank["positions"] for rank in ranks))
+    if state.flops is not None:
+        flops = sum(state.flops.needed(work).values()) / seconds / world.world_size
+        values["tflops_per_device"] = flops / 1e12
+        if peak := peak_flops(world.device, state.args.precision):
+            values["mfu"] = flops / peak
+    values["memory_gb"] = max(rank["memory"] for rank in ranks) / 1e9
+    values["step_seconds_median"] = statistics.median(trainer.seconds)
+    values["step_seconds_slowest"] = max(trainer.seconds)
+    trainer.clipped, trainer.seconds = 0.0, []
     if trainer.scaler is not None:
         scaling = trainer.scaler.state_dict()
         values |= {"grad_scale": scaling["scale"], "updates_skipped": scaling["skipped"]}
     return values
+
+
+def _read_device(state: TrainState, gradient_norm: torch.Tensor | None) -> dict[str, Any]:
+    """Gradient norms, the share of updates that were clipped, and how far the gates are open, from 0 to 1. Waits once."""
+    trainer = state.trainer
+    blocks: dict[str, Any] = {
+        str(i): layer.gated_cross_attn_layer for i, layer in enumerate(state.model.decoder_layers)
+    }
+    blocks = {i: block for i, block in blocks.items() if block is not None}
+    gates = [full_tensor(gate) for block in blocks.values() for gate in (block.attn_gate, block.ff_gate)]
+    norms = {} if gradient_norm is None else {"grad_norm": gradient_norm}
+    norms |= {f"grad_norm_{part}": norm for part, norm in trainer.part_norms.items()}
+    clipped = torch.as_tensor(trainer.clipped, device=gates[0].device).float()
+    opened = torch.cat(gates).float().tanh().abs()
+    numbers = iter(torch.cat([torch.stack([clipped, *norms.values()]), opened]).tolist())
+    values: dict[str, Any] = {"grad_norm": None, "clipped": next(numbers) / len(trainer.seconds)}
+    for name in norms:
+        norm = next(numbers)
+        values[name] = norm if math.isfinite(norm) else None
+    by_layer: dict[str, dict[str, float]] = {"attention": {}, "feed_forward": {}}
+    for i in blocks:
+        for of in by_layer.values():
+            of[i] = next(numbers)
+    values |= {f"gate_{name}": statistics.fmean(of.values()) for name, of in by_layer.items()}
+    return values | {f"gates_{name}": of for name, of in by_layer.items()}
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes held since the last call: of tensors on a GPU, of this process (since its start) on a CPU."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 class Reporter:
@@ -228,6 +286,14 @@ def _describe(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if "grad_scale" in values:
         progress += [f"scale {values['grad_scale']:g}, {values['updates_skipped']:,} skipped"]
     progress += [f"{kind} {values[f'samples_per_second_{kind}']:,.3g}/s" for kind in kinds]
+    progress += [f"{values['tokens_per_second']:,.0f} tok/s", f"{values['images_per_second']:,.0f} img/s"]
+    if "tflops_per_device" in values:
+        mfu = f" ({values['mfu']:.0%} MFU)" if "mfu" in values else ""
+        progress += [f"{values['tflops_per_device']:.3g} TFLOP/s{mfu}"]
+    progress += [
+        f"gates {values['gate_attention']:.3f} {values['gate_feed_forward']:.3f}",
+        f"{values['memory_gb']:.1f} GB",
+    ]
     progress += [f"data wait {values['data_wait']:.0%}"]
     left_out = []
     for kind in kinds:

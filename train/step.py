@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from open_flamingo.loss import labeled_positions
 from open_flamingo.train.data.loader import Batch, Loader
+from open_flamingo.train.flops import Work
 from open_flamingo.train.health import Health
 from open_flamingo.train.optimizer import clipping
 from open_flamingo.train.parallel import full_tensor, gradient_sync
@@ -49,7 +50,8 @@ class TrainDataset:
     def reset(self) -> None:
         """Starts a new span of logging."""
         self.loss = 0.0  # of all ranks together, summed over `forwards`
-        self.forwards = self.samples = 0  # of this rank
+        self.forwards = self.samples = self.positions = 0  # of this rank; positions: of tokens and padding
+        self.work = Work()
         self.seconds_waited = 0.0  # for batches
 
     def next_batch(self) -> Batch:
@@ -59,6 +61,8 @@ class TrainDataset:
         self.dropped.update(batch.dropped)
         self.errors.update(batch.errors)
         self.samples += len(batch.keys)
+        self.positions += batch.input_ids.numel()
+        self.work = self.work.plus(batch.work)
         self.last = batch
         return batch
 
@@ -71,9 +75,9 @@ class TrainDataset:
         return images
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trainer:
-    """What an update works on."""
+    """What an update works on, and what is to be logged of it."""
 
     model: nn.Module  # wrapped by `parallelize`
     optimizer: torch.optim.Optimizer
@@ -82,9 +86,24 @@ class Trainer:
     accumulation: int = 1
     scaler: LossScaler | None = None  # for fp16
     reduce_gradients: Callable[[], None] = lambda: None  # where the pass that should have averaged them was left out
+    parts: dict[str, list[nn.Parameter]] = field(default_factory=dict)  # what is trained, see `trained_parts`
+    part_norms: dict[str, torch.Tensor] = field(default_factory=dict)  # of the last gradient that is logged
+    clipped: torch.Tensor | float = 0.0  # updates whose gradient was clipped, since the last log line
+    seconds: list[float] = field(default_factory=list)  # of each update since then
 
 
-def train_step(trainer: Trainer, learning_rate: float, health: Health | None = None) -> torch.Tensor | None:
+def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    parts: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "resampler" if name.startswith("perceiver") else "new_rows"
+            parts["cross_attention" if "gated_cross_attn" in name else part].append(parameter)
+    return dict(parts)
+
+
+def train_step(
+    trainer: Trainer, learning_rate: float, health: Health | None = None, is_logged: bool = False
+) -> torch.Tensor | None:
     """Trains on `accumulation` batches of each dataset; gradients are averaged over the ranks once, clipped once, applied once.
 
     The loss of a forward pass is the mean over the labeled tokens of all ranks together: each rank's own mean counts by its share
@@ -98,6 +117,7 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
         the global gradient norm before clipping, float32 [], on the device; not finite where the update was skipped;
         None where every batch was left out
     """
+    began = time.perf_counter()
     health = health or Health()  # of this process alone
     model, optimizer, scaler = trainer.model, trainer.optimizer, trainer.scaler
     scale = 1.0 if scaler is None else scaler.scale
@@ -126,8 +146,10 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
         if not reduced:
             trainer.reduce_gradients()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        gradient_norm = full_tensor(norm).float() / scale
+        gradient_norm = _gradient_norm(parameters) / scale
+        if is_logged:
+            trainer.part_norms = {part: _gradient_norm(of) / scale for part, of in trainer.parts.items()}
+        trainer.clipped = trainer.clipped + (gradient_norm > MAX_GRADIENT_NORM)
         with clipping(optimizer, gradient_norm, MAX_GRADIENT_NORM, scale):
             optimizer.step()
         if scaler is not None:
@@ -135,7 +157,13 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
     # Zeroed, not freed: under DDP the gradients are views of its buckets, and fresh ones would be held beside those.
     optimizer.zero_grad(set_to_none=False)
     health.end(gradient_norm, overflow_is_normal=scaler is not None)
+    trainer.seconds.append(time.perf_counter() - began)
     return gradient_norm
+
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Of all of them together, float32 []. All ranks must call this."""
+    return full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])).float()
 
 
 def compute_loss(model: nn.Module, dataset: TrainDataset, batch: Batch, per_token: bool = False) -> torch.Tensor:

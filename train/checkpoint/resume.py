@@ -19,6 +19,7 @@ from open_flamingo.train.checkpoint import files, sharded
 from open_flamingo.train.data.shards import shards_digest
 from open_flamingo.train.data.workers import LoaderState
 from open_flamingo.train.distributed import World, gather_objects, run_on_rank0
+from open_flamingo.train.flops import ModelFlops
 from open_flamingo.train.optimizer import trained_parameters
 from open_flamingo.train.precision import LossScaler
 from open_flamingo.train.schedule import Plan, Progress
@@ -46,6 +47,7 @@ class TrainState:
     trainer: Trainer
     lanes: int  # see `data.options.resolve_lanes`
     started_from: str | None = None  # the fingerprint of the checkpoint that the run began with, if it began with one
+    flops: ModelFlops | None = None
 
 
 @dataclass

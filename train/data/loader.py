@@ -30,6 +30,7 @@ from open_flamingo.train.data.samples import DataError, Sample
 from open_flamingo.train.data.shards import expand_shards
 from open_flamingo.train.data.text import TextEncoder
 from open_flamingo.train.data.workers import KILL_WAIT, PREFETCH, LaneDataset, LoaderState, Part, Worker
+from open_flamingo.train.flops import Work
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Batch:
     samples: int = 0  # consumed by all ranks, with this batch
     dropped: Counter[str] = field(default_factory=Counter)  # left out on purpose since the batch before, by reason
     errors: Counter[str] = field(default_factory=Counter)  # broken samples and shards since the batch before, by reason
+    work: Work = field(default_factory=Work)
 
     @property
     def num_labels(self) -> int:
@@ -156,8 +158,16 @@ def collate(samples: list[Sample], kind: str, encode: TextEncoder, pin: bool = F
         labels = laion_labels(input_ids, encode.media_token_id, encode.pad_token_id)
     else:
         labels = mmc4_labels(input_ids, encode.media_token_id, encode.eoc_token_id, encode.pad_token_id)
-    counts, keys = [len(sample.images) for sample in samples], [sample.key for sample in samples]
-    return Batch(images, counts, input_ids, labels.pin_memory() if pin else labels, keys)
+    counts, lengths = ([len(of) for of in column] for column in zip(*((s.images, s.input_ids) for s in samples)))
+    work = Work(
+        images=sum(counts),
+        tokens=sum(lengths),
+        with_image=sum(len(sample.input_ids) - sample.input_ids.index(encode.media_token_id) for sample in samples),
+        labeled=int((labels[:, 1:] != IGNORE).sum()),  # the first of a row is never predicted
+        pairs=sum(length * (length + 1) // 2 for length in lengths),
+    )
+    keys = [sample.key for sample in samples]
+    return Batch(images, counts, input_ids, labels.pin_memory() if pin else labels, keys, work=work)
 
 
 def build_preparer(
