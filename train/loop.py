@@ -43,6 +43,7 @@ from open_flamingo.train.flops import ModelFlops
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
 from open_flamingo.train.libraries import check_libraries
 from open_flamingo.train.lock import run_lock
+from open_flamingo.train.metrics import measure
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import (
     check_compiler,
@@ -54,7 +55,7 @@ from open_flamingo.train.parallel import (
     warm_up_ddp,
 )
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
-from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure, setup_logging
+from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, setup_logging
 from open_flamingo.train.schedule import Plan
 from open_flamingo.train.step import TrainDataset, Trainer, train_step, trained_parts
 from open_flamingo.train.validation import Validator, build_validator

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
-import resource
 import secrets
-import statistics
 import sys
 import threading
 from collections import Counter
@@ -20,16 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from open_flamingo.train.atomic import atomic_write
 from open_flamingo.train.checkpoint.resume import TrainState
 from open_flamingo.train.data.options import DataOptions
-from open_flamingo.train.distributed import gather_objects
-from open_flamingo.train.flops import Work, peak_flops
-from open_flamingo.train.health import Health
-from open_flamingo.train.parallel import full_tensor
+from open_flamingo.train.metrics import Concerns
 from open_flamingo.train.validation import Caption
 
 log = logging.getLogger(__name__)
@@ -83,90 +76,12 @@ def describe(state: TrainState, options: dict[str, DataOptions], step: int) -> N
     )
 
 
-def measure(state: TrainState, health: Health, gradient_norm: torch.Tensor | None, seconds: float) -> dict[str, Any]:
-    """The values of a log line, of the `seconds` since the last one; None for what is not finite, or was left out.
-
-    Rates and sums are of all ranks, times of the slowest; memory is that of the rank that has the most.
-    """
-    trainer, world = state.trainer, state.world
-    datasets = trainer.datasets
-    ranks = gather_objects(
-        {
-            "waited": sum(dataset.seconds_waited for dataset in datasets),
-            "memory": _peak_memory(world.device),
-            "left out": {dataset.kind: (dataset.dropped, dataset.errors) for dataset in datasets},
-            "work": [sum(column) for column in zip(*(dataset.work for dataset in datasets), strict=True)],
-            "positions": sum(dataset.positions for dataset in datasets),
-        }
-    )
-    values = _read_device(state, gradient_norm)
-    values["data_wait"] = max(rank["waited"] for rank in ranks) / seconds
-    for dataset in datasets:
-        kind = dataset.kind
-        values[f"loss_{kind}"] = dataset.loss / dataset.forwards if dataset.forwards else None
-        values[f"samples_per_second_{kind}"] = dataset.samples * world.world_size / seconds
-        values[f"dropped_{kind}"] = dict(sum((rank["left out"][kind][0] for rank in ranks), Counter()))
-        values[f"errors_{kind}"] = dict(sum((rank["left out"][kind][1] for rank in ranks), Counter()))
-        values[f"bad_batches_{kind}"] = health.bad_batches[kind]
-        dataset.reset()
-    work = Work(*(sum(column) for column in zip(*(rank["work"] for rank in ranks), strict=True)))
-    values["tokens_per_second"] = work.tokens / seconds
-    values["images_per_second"] = work.images / seconds
-    values["padding"] = 1 - work.tokens / max(1, sum(rank["positions"] for rank in ranks))
-    if state.flops is not None:
-        flops = sum(state.flops.needed(work).values()) / seconds / world.world_size
-        values["tflops_per_device"] = flops / 1e12
-        if peak := peak_flops(world.device, state.args.precision):
-            values["mfu"] = flops / peak
-    values["memory_gb"] = max(rank["memory"] for rank in ranks) / 1e9
-    values["step_seconds_median"] = statistics.median(trainer.seconds)
-    values["step_seconds_slowest"] = max(trainer.seconds)
-    trainer.clipped, trainer.seconds = 0.0, []
-    if trainer.scaler is not None:
-        scaling = trainer.scaler.state_dict()
-        values |= {"grad_scale": scaling["scale"], "updates_skipped": scaling["skipped"]}
-    return values
-
-
-def _read_device(state: TrainState, gradient_norm: torch.Tensor | None) -> dict[str, Any]:
-    """Gradient norms, the share of updates that were clipped, and how far the gates are open, from 0 to 1. Waits once."""
-    trainer = state.trainer
-    blocks: dict[str, Any] = {
-        str(i): layer.gated_cross_attn_layer for i, layer in enumerate(state.model.decoder_layers)
-    }
-    blocks = {i: block for i, block in blocks.items() if block is not None}
-    gates = [full_tensor(gate) for block in blocks.values() for gate in (block.attn_gate, block.ff_gate)]
-    norms = {} if gradient_norm is None else {"grad_norm": gradient_norm}
-    norms |= {f"grad_norm_{part}": norm for part, norm in trainer.part_norms.items()}
-    clipped = torch.as_tensor(trainer.clipped, device=gates[0].device).float()
-    opened = torch.cat(gates).float().tanh().abs()
-    numbers = iter(torch.cat([torch.stack([clipped, *norms.values()]), opened]).tolist())
-    values: dict[str, Any] = {"grad_norm": None, "clipped": next(numbers) / len(trainer.seconds)}
-    for name in norms:
-        norm = next(numbers)
-        values[name] = norm if math.isfinite(norm) else None
-    by_layer: dict[str, dict[str, float]] = {"attention": {}, "feed_forward": {}}
-    for i in blocks:
-        for of in by_layer.values():
-            of[i] = next(numbers)
-    values |= {f"gate_{name}": statistics.fmean(of.values()) for name, of in by_layer.items()}
-    return values | {f"gates_{name}": of for name, of in by_layer.items()}
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes held since the last call: of tensors on a GPU, of this process (since its start) on a CPU."""
-    if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
-
-
 class Reporter:
     """Logs to console, metrics.jsonl, W&B and TensorBoard, from update `step` to `total_steps`. No-op unless `active`: on rank 0."""
 
     def __init__(self, args: argparse.Namespace, active: bool, step: int, total_steps: int) -> None:
         self._total_steps = total_steps
+        self._concerns = Concerns(step)
         self._uploads = args.save_checkpoints_to_wandb
         self._places: dict[str, Any] = {}  # what is reported to, by the name that warnings have for it
         if not active:
@@ -207,6 +122,8 @@ class Reporter:
         progress, left_out = _describe(values)
         left = f"left {timedelta(seconds=round(values['seconds_left']))}"
         log.info("%s", " | ".join([f"step {step:,}/{self._total_steps:,}", *progress, left, *left_out]))
+        for concern in self._concerns.find(step, values):
+            log.warning("%s", concern)
         self._call("the progress bar", "set_postfix_str", " | ".join(progress), refresh=False)
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         for name, counts in values.items():
@@ -229,6 +146,8 @@ class Reporter:
         numbers = {name: value for name, value in figures.items() if value is not None}
         if bad := sorted(figures.keys() - numbers.keys()):
             log.warning("validation after update %d: not finite: %s", step, ", ".join(bad))
+        for concern in self._concerns.find(step, figures):
+            log.warning("%s", concern)
         for name, value in numbers.items():
             self._call("TensorBoard", "add_scalar", name, value, step)
         self._call("W&B", "log", {"step": step, **numbers})

@@ -7,6 +7,7 @@ Everything is made here, and nothing downloaded: a small world (`world.py`, `doc
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shlex
@@ -121,12 +122,14 @@ def prepare_text_and_data(folder: Path, scale: Scale, track: Tracker) -> dict[st
 
     from .backbones import pretrain_language_model
     from .shards import write_laion, write_mmc4_download
+    from .world import HELD_OUT
 
     torch.set_num_threads(1)
     pretrain_language_model(folder / "backbones" / "language", scale.language_steps, track)
     laion = write_laion(folder / "shards" / "laion", scale.pairs, max(1, scale.pairs // 16), track)
+    held_out = write_laion(folder / "shards" / "held-out", scale.held_out_images, scale.held_out_images, None, HELD_OUT)
     write_mmc4_download(folder / "mmc4-download", scale.documents, track)
-    return {"laion": laion, "mmc4 download": str(folder / "mmc4-download")}
+    return {"laion": laion, "held out": held_out, "mmc4 download": str(folder / "mmc4-download")}
 
 
 def convert(folder: Path, download: str) -> str:
@@ -163,6 +166,8 @@ def train(folder: Path, scale: Scale, shards: dict[str, str]) -> Path:
             *("--laion_shards", shards["laion"]),
             *("--mmc4_shards", shards["mmc4"]),
             *("--mmc4_textsim_threshold", str(THRESHOLD)),
+            *("--val_laion_shards", shards["held out"]),
+            *("--val_steps", str(max(1, scale.updates // 4))),
             *("--batch_size_laion", str(scale.batch_size_laion)),
             *("--batch_size_mmc4", str(scale.batch_size_mmc4)),
             *("--train_num_samples_laion", str(batches * scale.batch_size_laion)),
@@ -211,6 +216,8 @@ def report(folder: Path, scale: Scale, checkpoint: Path) -> None:
     seen = total_score(texts, scenes)
     blind = total_score(captioner(blanks, "captions of blank images"), scenes)
     guess, luckiest = chance(scenes)
+    lines = [json.loads(line) for line in (checkpoint.parent / "metrics.jsonl").read_text().splitlines()]
+    gain = [line["image_gain_laion"] for line in lines if "image_gain_laion" in line][-1]
 
     print()
     for text, scene in list(zip(texts, scenes, strict=True))[:6]:
@@ -220,6 +227,7 @@ def report(folder: Path, scale: Scale, checkpoint: Path) -> None:
         (f"{seen['all'].share:.1%}", f"of attributes right in {len(scenes)} held-out images ({by_attribute})"),
         (f"{blind['all'].share:.1%}", "right when the images are blank"),
         (f"{guess:.1%}", f"is chance: a caption of training for all images (the luckiest of 200: {luckiest:.1%})"),
+        (f"{gain:.2f}", "nats per token: what the right image is worth to it, beside another one (image gain)"),
     ]
     for value, what in numbers:
         print(f"{value:>7} {what}")

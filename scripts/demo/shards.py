@@ -3,6 +3,7 @@
 import json
 import random
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,21 @@ import webdataset
 
 from .documents import draw_document
 from .progress import Tracker, silent
-from .world import TRAINING, caption, render
+from .world import TRAINING, Scene, caption, render
 
 JPEG_QUALITY = 90
 
 
 def write_laion(
-    folder: Path, pairs: int, pairs_per_shard: int = 500, track: Tracker | None = None, seed: int = 0
+    folder: Path, pairs: int, pairs_per_shard: int, track: Tracker | None = None, scenes: Sequence[Scene] = TRAINING
 ) -> str:
     """Write image–caption pairs; return the brace pattern of the shards."""
     folder.mkdir(parents=True)
-    rng = random.Random(f"laion {seed}")
+    rng = random.Random("laion 0" if scenes is TRAINING else "laion held out")
     pattern = str(folder / "%05d.tar")
     with webdataset.ShardWriter(pattern, maxcount=pairs_per_shard, verbose=0) as writer:
         for number in (track or silent())(range(pairs), pairs, "LAION pairs"):
-            scene = rng.choice(TRAINING)
+            scene = rng.choice(scenes)
             image = encode(render(rng, scene))
             writer.write({"__key__": f"{number:08d}", "jpg": image, "txt": caption(scene)})
     return braces(folder, -(-pairs // pairs_per_shard), 5)
