@@ -55,6 +55,7 @@ setup(
     entry_points={
         "console_scripts": [
             "open-flamingo-train=open_flamingo.train.train:main",
+            "open-flamingo-report=open_flamingo.train.page:main",
             "open-flamingo-convert-mmc4=open_flamingo.scripts.convert_mmc4_to_wds:main",
         ]
     },

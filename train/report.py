@@ -12,22 +12,23 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from open_flamingo.train.atomic import atomic_write
 from open_flamingo.train.checkpoint.resume import TrainState
 from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.metrics import Concerns
+from open_flamingo.train.page import CAPTIONS, IMAGES, METRICS, PAGE, STARTS, write_page
 from open_flamingo.train.validation import Caption
 
 log = logging.getLogger(__name__)
 
-METRICS, CAPTIONS = "metrics.jsonl", "captions.jsonl"  # of a run's folder
 # Seconds that W&B and TensorBoard have after an error. torchrun kills ranks 30 s after it has asked them to end.
 CLOSE_TIMEOUT = 20.0
 
@@ -90,6 +91,10 @@ class Reporter:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._places["metrics.jsonl"] = _lines_file(folder / METRICS, step)
+        with (folder / STARTS).open("a", encoding="utf-8") as file:
+            time = datetime.now().astimezone().isoformat(" ", "seconds")
+            file.write(json.dumps({"step": step, "time": time, "flags": vars(args)}) + "\n")
+        self._has_page = (folder / PAGE).exists()
         if args.report_to_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -151,16 +156,21 @@ class Reporter:
         for name, value in numbers.items():
             self._call("TensorBoard", "add_scalar", name, value, step)
         self._call("W&B", "log", {"step": step, **numbers})
-        if not captions:
-            return
+        self._has_page = True
+        if captions:
+            self._log_captions(step, captions)
+        self._write_page()
+
+    def _log_captions(self, step: int, captions: Sequence[Caption]) -> None:
         if "captions.jsonl" not in self._places:
             self._places["captions.jsonl"] = _lines_file(self._folder / CAPTIONS, step - 1)
         images = []
-        for caption in captions:
+        for number, caption in enumerate(captions):
             line = {"step": step, "key": caption.key, "model": caption.model, "data": caption.data}
             self._call("captions.jsonl", "write", json.dumps(line, ensure_ascii=False).encode() + b"\n")
             log.info('caption: "%s" (data: "%s")', caption.model, caption.data)
             images.append(_displayable(caption.image))
+            self._write_image(images[-1], number)
         text = "\n\n".join(f"{i}. **{c.model}** (data: {c.data})" for i, c in enumerate(captions, start=1))
         self._call("TensorBoard", "add_images", "captioned", np.stack(images), step)
         self._call("TensorBoard", "add_text", "captions", text, step)
@@ -173,6 +183,22 @@ class Reporter:
             ]
             self._call("W&B", "log", {"step": step, "captions": shown})
 
+    def _write_image(self, image: np.ndarray, number: int) -> None:
+        """For the page: the image of the `number`-th caption."""
+        path = self._folder / IMAGES / f"{number}.jpg"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                Image.fromarray(image.transpose(1, 2, 0)).save(path, quality=90)
+        except Exception as error:
+            log.warning("%s cannot be written: %s", path, error)
+
+    def _write_page(self) -> None:
+        try:
+            write_page([self._folder], self._folder / PAGE)
+        except Exception as error:
+            log.warning("%s cannot be written: %s: %s", self._folder / PAGE, type(error).__name__, error)
+
     def upload(self, path: Path) -> None:
         """Sends the checkpoint at `path` to W&B, if --save_checkpoints_to_wandb asks for it."""
         if self._uploads:
@@ -182,6 +208,8 @@ class Reporter:
         """Writes what is still to be written, and waits for it. `exit_code`: of the run, for W&B."""
         for place in ("the progress bar", "metrics.jsonl", "captions.jsonl", "TensorBoard"):
             self._call(place, "close")
+        if self._places and self._has_page and not exit_code:
+            self._write_page()
         self._call("W&B", "finish", exit_code)
         self._places = {}
 
