@@ -6,6 +6,7 @@ import html
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from open_flamingo.train.atomic import atomic_write
 
 METRICS, CAPTIONS, STARTS, IMAGES = "metrics.jsonl", "captions.jsonl", "starts.jsonl", "captions"  # of a run's folder
 PAGE = "report.html"
+MAX_LINES = 6000  # of a log; of more, evenly many are left out
 MAX_POINTS = 600  # of a curve; more are averaged
 MAX_CAPTION_STEPS = 6
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -38,26 +40,23 @@ class Run:
         """Raises ValueError where there is no run."""
         if not (folder / METRICS).is_file():
             raise ValueError(f"{folder} is not the folder of a run: it has no {METRICS}")
-        lines = list(_read_lines(folder / METRICS))
-        return cls(
-            name=folder.resolve().name,
-            folder=folder,
-            lines=[line for line in lines if "epoch" in line],
-            validations=[line for line in lines if "seconds_validating" in line],
-            captions=list(_read_lines(folder / CAPTIONS)),
-            starts=list(_read_lines(folder / STARTS)),
+        texts: tuple[list[bytes], list[bytes]] = [], []
+        for text in (folder / METRICS).read_bytes().splitlines():
+            texts[b'"seconds_validating"' in text].append(text)
+        lines, validations = texts
+        lines = [*lines[: -1 : -(-len(lines) // MAX_LINES) or 1], *lines[-1:]]
+        captions, starts = (
+            (folder / name).read_bytes().splitlines() if (folder / name).is_file() else []
+            for name in (CAPTIONS, STARTS)
         )
+        parsed = (list(_parse(of)) for of in (lines, validations, captions, starts))
+        return cls(folder.resolve().name, folder, *parsed)
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:  # a partial line of a killed run
-                continue
+def _parse(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(ValueError):  # a partial line of a killed run
+            yield json.loads(line)
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests with real launchers need: SLURM with munge, and Open MPI. On Debian or Ubuntu, as root.
+# Installs what tests use that pip has not: SLURM with munge, Open MPI, and a browser. On Debian or Ubuntu, as root.
 set -euo pipefail
-packages=(slurm-client slurmctld slurmd munge openmpi-bin)
+packages=(slurm-client slurmctld slurmd munge openmpi-bin chromium)
 if dpkg --status "${packages[@]}" >/dev/null 2>&1; then
     exit
 fi
