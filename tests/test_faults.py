@@ -503,15 +503,26 @@ def test_without_a_launcher_that_watches_the_other_rank_ends_by_itself(disturbed
         for rank in range(2):
             environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
             meet = f"--dist-url=tcp://127.0.0.1:{port}"
-            command = [FAULTY, plan(seconds=0.1), *disturbed, "--dist_timeout=5", meet]
+            # Half a second per update: so the ranks, which report every second, have heard of each other's.
+            command = [FAULTY, plan(seconds=0.5), *disturbed, "--dist_timeout=5", meet]
             ranks.append(Fork(*command, environment=environment))
-        wait_for(lambda: updates_done(tmp_path / "run") >= 4, ranks[0])
+        wait_for(lambda: updates_done(tmp_path / "run") >= 5, ranks[0])
     ranks[0].send_signal(signal.SIGSTOP)
     output, _ = ranks[1].communicate()
     assert ranks[1].returncode == 1
     assert re.search(rf"Rank 0 \(\S+, pid {ranks[0].pid}\) died or hung; last reported at update \d+", output), output
     ranks[0].kill()
     ranks[0].communicate()
+
+
+def test_a_line_is_out_before_the_process_is_gone() -> None:
+    """What says why a rank ends at once must not be left in a buffer."""
+    program = (
+        "import logging, os, sys; from open_flamingo.train.report import setup_logging; setup_logging(1); "
+        "sys.stderr.reconfigure(line_buffering=False); logging.getLogger('open_flamingo').error('why'); os._exit(1)"
+    )
+    ended = Fork("-c", program)
+    assert "[rank 1]" in ended.communicate()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

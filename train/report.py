@@ -39,6 +39,9 @@ class _AboveBar:
     def write(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr, end="")
 
+    def flush(self) -> None:
+        sys.stderr.flush()
+
 
 def setup_logging(rank: int) -> None:
     """Log lines on stderr, above the progress bar; other ranks than 0 log only errors, with their number."""

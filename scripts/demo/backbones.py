@@ -116,7 +116,7 @@ def pretrain_vision_tower(
     config_path: Path,
     weights_path: Path,
     steps: int,
-    images: int,
+    num_images: int,
     track: Tracker | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -135,9 +135,9 @@ def pretrain_vision_tower(
     _start_positions(tower)
 
     track = track or silent()
-    scenes = [rng.choice(TRAINING) for _ in range(images)]
+    scenes = [rng.choice(TRAINING) for _ in range(num_images)]
     inputs = torch.stack(
-        [tower_input(torch.from_numpy(render(rng, scene))) for scene in track(scenes, images, "images")]
+        [tower_input(torch.from_numpy(render(rng, scene))) for scene in track(scenes, num_images, "images")]
     )
     captions = [caption(scene).split() for scene in scenes]
     words = sorted({word for text in captions for word in text})
@@ -146,7 +146,7 @@ def pretrain_vision_tower(
     head = nn.Linear(VISION_CONFIG["embed_dim"], length * len(words))
 
     def loss_of_a_batch() -> Tensor:
-        rows = torch.randint(images, (batch_size,))
+        rows = torch.randint(num_images, (batch_size,))
         flip = torch.rand(batch_size, 1, 1, 1) < 0.5  # as in training
         images = inputs[rows]
         images = normalize(torch.where(flip, images.flip(-1), images))
