@@ -4,8 +4,6 @@ What launched this process is read from its environment: see `LAUNCHERS`. The ra
 `env://`, at MASTER_ADDR and MASTER_PORT; what of these is not set is derived from the launcher: see `init_method`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

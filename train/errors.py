@@ -1,7 +1,5 @@
 """How a run ends with an error: one line where the user's input caused it, on one rank or on all."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """Run health: losses and gradients that are not finite, signals that ask for a stop."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -12,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -39,7 +37,7 @@ class Signals:
         self._when = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self

@@ -3,8 +3,6 @@
 So a new version of a library is an error of one line, not a crash hours later or a wrong update.
 """
 
-from __future__ import annotations
-
 import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -35,7 +33,7 @@ def with_versions(problem: object) -> str:
     return f"{problem}. This is {', '.join(libraries)}. {tested}"
 
 
-def check_libraries(device: torch.device, compiled: bool) -> None:
+def check_libraries(device: "torch.device", compiled: bool) -> None:
     """Raises ValueError where training on `device` would be wrong or could not begin; warns of what only makes it slower."""
     import open_clip
     import torch
@@ -54,7 +52,7 @@ def check_libraries(device: torch.device, compiled: bool) -> None:
         log.warning("%s", with_versions(problem))
 
 
-def adamw_scales_and_skips(device: torch.device) -> bool:
+def adamw_scales_and_skips(device: "torch.device") -> bool:
     """Whether AdamW within `optimizer.clipping` divides gradients as it should, and skips a step whose norm is not finite."""
     import torch
 

@@ -1,7 +1,5 @@
 """The run, from top to bottom: `run` is the process around it, `train` the training itself."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import logging

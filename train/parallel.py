@@ -1,7 +1,5 @@
 """The model on many ranks, whole (DDP) or sharded (FSDP2): gradients averaged once per update."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import logging

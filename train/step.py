@@ -1,7 +1,5 @@
 """One optimizer update, whole: forward, agreement of the ranks, backward, clipping, step."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Runs as a file (`torchrun ... train/train.py`), as a module (`python -m open_fla
 `open-flamingo-train`.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Hung and dead ranks: which one, since when, and where it was last."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -10,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch.distributed as dist
 
@@ -52,7 +50,7 @@ class Watchdog:
         self._parent = os.getppid()
         self.before_exit: Callable[[], None] = lambda: None  # called where the process is about to end with an error
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         for loop in (self._heartbeat, self._watch) if self._store is not None else (self._watch,):
             threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
         return self
