@@ -1,4 +1,4 @@
-"""How a run ends with an error: one line where the user's input caused it, on one rank or on all."""
+"""How a run ends with an error: one line if the user's input caused it, on one rank or on all."""
 
 import logging
 import os
@@ -20,11 +20,7 @@ class UserError(RuntimeError):
 
 @contextmanager
 def user_error(what: str, flags: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turns errors that the user's input causes into one line, which begins with `what`.
-
-    Args:
-        flags: argument of a function → the flag that it comes from, where the errors name arguments.
-    """
+    """Turn errors that the user's input causes into one line, which begins with `what`. `flags`: argument that errors name → flag."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -38,8 +34,8 @@ def user_error(what: str, flags: Mapping[str, str] | None = None) -> Iterator[No
 def exit_on_error(world: World, watchdog: Watchdog) -> Iterator[None]:
     """After an error the last log lines are written; a rank of several says why, or which rank is to blame, and exits at once.
 
-    NCCL takes a process group down with all ranks together, and they may be waiting for this one, as what this one's GPU has
-    begun may be waiting for them: nobody would ever read of the error, or see the exit code.
+    NCCL takes a process group down with all ranks together, and this rank and the others may be waiting for each other: nobody would
+    ever read of the error, or see the exit code.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Run health: losses and gradients that are not finite, signals that ask for a stop."""
+"""What the ranks agree on: losses and gradients that are not finite, signals that ask for a stop."""
 
 import json
 import logging
@@ -18,13 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from open_flamingo.train.data.loader import Batch
-from open_flamingo.train.distributed import gather_objects
+from open_flamingo.train.distributed import World, gather_objects
 from open_flamingo.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# The exit code of a run that saved because a signal asked for it, and is to be started again (EX_TEMPFAIL).
-EXIT_STOPPED = 75
+EXIT_STOPPED = 75  # EX_TEMPFAIL: a signal asked for a stop, the run has saved and is to be started again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BAD_BATCHES = "bad_batches.jsonl"
 
@@ -67,56 +66,44 @@ class Agreement(NamedTuple):
 
 
 class Health:
-    """What the ranks agree on before each backward pass, so that all of them do the same. It costs one number read from the device per
-    forward pass: without it, no rank could know that another must leave this batch out before they average the gradients.
+    """What the ranks agree on before each backward pass, so that all of them do the same. It costs one read from the device per forward
+    pass: without it, no rank could know that another must leave this batch out before they average the gradients.
 
-    Args:
-        folder: of the run, where rank 0 records what was bad.
-
-    Attributes:
-        consecutive_bad_steps: updates up to the last one of which a part, or all, was left out.
-        bad_batches: by dataset, batches of all ranks together that were left out for a loss that is not finite.
-        stop: the signal that asked any rank to stop.
+    Rank 0 records what was bad in `folder`, the run's. Without arguments: of this process alone.
     """
 
     def __init__(
         self, folder: Path | None = None, signals: Signals | None = None, watchdog: Watchdog | None = None
     ) -> None:
         self._folder = folder
-        self._signals = signals
-        self._watchdog = watchdog
-        self._step = 0
-        self._keys: list[str] = []  # of this rank's samples of this update
-        self._part_left_out = False
+        self._signals = signals or Signals()
+        self._watchdog = watchdog or Watchdog(World(), math.inf, math.inf)
         # The gradient norm of an update, its samples and number: not waited for, but looked at in the next agreement.
         self._pending: tuple[torch.Tensor, list[str], int] | None = None
-        self.consecutive_bad_steps = 0
-        self.bad_batches: Counter[str] = Counter()
-        self.stop: str | None = None
+        self.consecutive_bad_steps = 0  # updates up to the last one of which a part, or all, was left out
+        self.bad_batches: Counter[str] = Counter()  # left out for their loss, on all ranks together, by dataset
+        self.stop: str | None = None  # the signal that asked any rank to stop
+        self.begin(0)
 
     def begin(self, step: int) -> None:
         """Update number `step` begins."""
-        self._step, self._part_left_out, self._keys = step, False, []
+        self._keys: list[str] = []  # of this rank's samples
+        self._step, self._part_left_out = step, False
 
     def set_phase(self, phase: str) -> None:
-        """For the watchdog. All ranks call this in the same places."""
-        if self._watchdog is not None:
-            self._watchdog.set_phase(f"update {self._step}, {phase}")
+        self._watchdog.set_phase(f"update {self._step}, {phase}")
 
     def before_forward(self, kind: str, batch: Batch) -> None:
         self._keys += batch.keys
         self.set_phase(f"{kind} batch of {_shards(batch)}")
 
     def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> Agreement | None:
-        """What this forward pass counts for; None if its loss, float32 [], is not finite on some rank. All ranks must call this.
-
-        Waits for the forward pass on all ranks, and takes the occasion to agree on everything else.
-        """
+        """What this forward pass counts for; None if its loss, float32 [], is not finite on some rank. All ranks must call this: it waits
+        for the forward pass of each, and takes the occasion to agree on everything else."""
         self.set_phase(f"waiting for the other ranks after a {kind} batch of {_shards(batch)}")
         loss = loss.detach().double()  # which counts tokens exactly
         labels = batch.num_labels
-        received = None if self._signals is None else self._signals.received
-        stops = [float(received == number.name) for number in STOP_SIGNALS]
+        stops = [float(self._signals.received == number.name) for number in STOP_SIGNALS]
         bad_norm = False if self._pending is None else ~self._pending[0].isfinite()
         sums = torch.cat(
             [loss.new_tensor([labels, *stops]), torch.stack([loss * labels, bad_norm + loss.new_zeros(())])]
@@ -135,18 +122,15 @@ class Health:
         return Agreement(total_loss / max(1.0, total_labels), labels * ranks / max(1.0, total_labels))
 
     def end(self, norm: torch.Tensor | None, overflow_is_normal: bool = False) -> None:
-        """The update is done: its gradient norm, on the device; None if all its parts were left out.
-
-        Args:
-            overflow_is_normal: fp16 finds its scale by overflowing; only a long row of that is bad.
-        """
+        """The update is done: its gradient norm, on the device; None if all its parts were left out. `overflow_is_normal`: fp16 finds its
+        scale by overflowing; only a long row of that is bad."""
         if self._part_left_out:
             self.consecutive_bad_steps += 1
         elif norm is not None:
             self._pending = (norm.detach(), [] if overflow_is_normal else self._keys, self._step)
 
     def flush(self) -> None:
-        """Looks at the norm of the last update, waiting for it. It is the same on all ranks."""
+        """Look at the norm of the last update, waiting for it. It is the same on all ranks."""
         if self._pending is not None:
             self._check_pending_norm(not bool(self._pending[0].isfinite()))
 
@@ -159,7 +143,7 @@ class Health:
             self._record("gradient norm", keys, step)
 
     def _record(self, what: str, keys: list[str] | None, step: int) -> None:
-        """In the log and the run's folder. `keys`: this rank's samples, None if they are not suspect."""
+        """Log and record it. `keys`: this rank's samples, None if they are not suspect."""
         samples = {rank: of for rank, of in enumerate(gather_objects(keys)) if of is not None}
         if dist.is_initialized() and dist.get_rank() != 0:
             return

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import nn
@@ -18,34 +18,29 @@ from open_flamingo.train.precision import LossScaler, autocast
 MAX_GRADIENT_NORM = 1.0
 
 
+@dataclass(eq=False)
 class TrainDataset:
-    """One of the datasets: where its batches come from, and what has come since the last log line.
+    """A dataset: where its batches come from, and what has come since the last log line."""
 
-    Args:
-        weight: of its loss.
-        normalization: mean and standard deviation of each channel that images still need, None if they need none.
-    """
+    kind: str
+    weight: float  # of its loss
+    loader: Loader
+    normalization: InitVar[
+        tuple[Sequence[float], Sequence[float]] | None
+    ]  # mean and std per channel that images still need
+    device: torch.device
+    dropped: Counter[str] = field(default_factory=Counter)  # on purpose, by reason, since the program started
+    errors: Counter[str] = field(default_factory=Counter)
+    last: Batch | None = None  # whose cursors the next checkpoint stores
 
-    def __init__(
-        self,
-        kind: str,
-        weight: float,
-        loader: Loader,
-        normalization: tuple[Sequence[float], Sequence[float]] | None,
-        device: torch.device,
-    ) -> None:
-        self.kind = kind
-        self.weight = weight
-        self.loader = loader
-        self.device = device
-        self._normalization = normalization and [torch.tensor(v, device=device).view(3, 1, 1) for v in normalization]
-        self.dropped: Counter[str] = Counter()  # on purpose, by reason, since the program started
-        self.errors: Counter[str] = Counter()
-        self.last: Batch | None = None  # whose cursors the next checkpoint stores
+    def __post_init__(self, normalization: tuple[Sequence[float], Sequence[float]] | None) -> None:
+        self._normalization = normalization and [
+            torch.tensor(v, device=self.device).view(3, 1, 1) for v in normalization
+        ]
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new span of logging."""
+        """Start a new span of logging."""
         self.loss = 0.0  # of all ranks together, summed over `forwards`
         self.forwards = self.samples = 0  # of this rank
         self.seconds_waited = 0.0  # for batches
@@ -83,18 +78,13 @@ class Trainer:
 
 
 def train_step(trainer: Trainer, learning_rate: float, health: Health | None = None) -> torch.Tensor | None:
-    """Trains on `accumulation` batches of each dataset; gradients are averaged over the ranks once, clipped once, applied once.
+    """Train on `accumulation` batches of each dataset; gradients are averaged over the ranks once, clipped once, applied once.
 
-    The loss of a forward pass is the mean over the labeled tokens of all ranks together: each rank's own mean counts by its share
-    of them. So the ranks compute what one rank would of the global batch, to float32 rounding.
+    The loss of a forward pass is the mean over the labeled tokens of all ranks together: the ranks compute what one rank would of the
+    global batch, to float32 rounding. A batch whose loss is not finite on any rank is left out on all, and an update whose gradient
+    norm is not finite changes no weight; either counts as done: its samples are behind it, and the schedule has moved on.
 
-    Each backward pass follows its forward, so only one batch's activations are held at a time. A batch whose loss is
-    not finite on any rank is left out on all, and an update whose gradient norm is not finite changes no weight; either
-    counts as done: its samples are behind it, and the schedule has moved on.
-
-    Returns:
-        the global gradient norm before clipping, float32 [], on the device; not finite where the update was skipped;
-        None where every batch was left out
+    Returns the global gradient norm before clipping, float32 [], on the device; None if every batch was left out.
     """
     health = health or Health()  # of this process alone
     model, optimizer, scaler = trainer.model, trainer.optimizer, trainer.scaler

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch.distributed as dist
 
@@ -17,9 +17,7 @@ from open_flamingo.train.distributed import TORCHRUN, World
 log = logging.getLogger(__name__)
 
 
-class _Report(NamedTuple):
-    """What a rank lets the others know of itself."""
-
+class _Report(NamedTuple):  # of a rank, to the others
     beat: int  # grows while the process lives
     progress: int  # phases begun, the same on all ranks that are equally far
     phase: str
@@ -28,8 +26,8 @@ class _Report(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process when it has been in one phase for longer than `timeout` seconds (`startup_timeout` before the first update is
-    done), and says which rank is behind.
+    """Ends this process, saying which rank is behind, when it has been in one phase for longer than `timeout` seconds (`startup_timeout`
+    before the first update is done).
 
     One thread exchanges heartbeats through the store in which the ranks have met; another watches the time, as the store may not
     answer. The second also sees when the torchrun above has died, and then asks for a stop, as a SIGTERM does.
@@ -37,13 +35,12 @@ class Watchdog:
 
     def __init__(self, world: World, timeout: float, startup_timeout: float) -> None:
         self._world = world
-        self._timeout = timeout
-        self._limit: float | None = startup_timeout
-        self._default_limit = startup_timeout
+        self._timeout, self._default_limit = timeout, startup_timeout
         self._interval = min(1.0, timeout / 10)
-        self._progress, self._phase, self._since = 0, "the start", time.monotonic()
+        self._progress = 0
+        self.set_phase("the start")
         self._rank_0: _Report | None = None  # the last from the rank that keeps the store
-        self._store = world.store.clone() if world.store is not None and world.world_size > 1 else None
+        self._store: Any = world.store.clone() if world.store is not None and world.world_size > 1 else None
         self._over, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._verdict: str | None = None
         self._heard = time.monotonic()  # from the store
@@ -59,8 +56,8 @@ class Watchdog:
         self._over.set()
 
     def set_phase(self, phase: str, limited: bool = True) -> None:
-        """The run has come to `phase`. All ranks call this in the same places. What is not `limited` may take any time, such as writing
-        a checkpoint: a line is logged each minute."""
+        """The run has come to `phase`; all ranks call this in the same places. What is not `limited` (saving) may take any time: a line is
+        logged each minute."""
         self._progress, self._phase, self._since = self._progress + 1, phase, time.monotonic()
         self._limit = self._default_limit if limited else None
 
@@ -87,7 +84,6 @@ class Watchdog:
                 os._exit(1)
 
     def _heartbeat(self) -> None:
-        assert self._store is not None
         beat, has_asked = 0, False
         try:
             while not self._over.wait(self._interval if beat else 0):
@@ -98,10 +94,9 @@ class Watchdog:
                 self._heard = time.monotonic()
                 if not self._asked.is_set() or self._answered.is_set():
                     continue
-                if not has_asked:  # the first rank that asks compares, and tells the others
-                    has_asked = True
-                    if self._store.add("health/asked", 1) == 1:
-                        self._store.set("health/verdict", self._compare())
+                if not has_asked and self._store.add("health/asked", 1) == 1:
+                    self._store.set("health/verdict", self._compare())  # the first that asks does it for all
+                has_asked = True
                 if self._store.check(["health/verdict"]):
                     self._verdict = self._store.get("health/verdict").decode()
                     self._answered.set()
@@ -135,7 +130,6 @@ class Watchdog:
         return " ".join(_describe(rank, "is behind", now[rank]) for rank in behind if len(behind) < len(now))
 
     def _read(self) -> dict[int, _Report]:
-        assert self._store is not None
         ranks = [rank for rank in range(self._world.world_size) if self._store.check([f"health/{rank}"])]
         return {rank: _Report(*json.loads(self._store.get(f"health/{rank}"))) for rank in ranks}
 
