@@ -127,16 +127,13 @@ def init_method(world: World, dist_url: str) -> str:
 
 def first_host(node_list: str) -> str:
     """ "gpu[007-009,12],login1" → "gpu007", as `scontrol show hostnames`, which containers often lack."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
-    assert first is not None
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
+    first = re.split(r",(?![^\[]*\])", node_list)[0]  # at the commas outside of brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _torchrun_store(world: World, timeout: timedelta) -> dist.Store:
-    """A store on a free port of rank 0, which torchrun's own store tells to the other ranks.
-
-    Torchrun's outlives a restart of the ranks, with the addresses of those before: ranks that find these fail to connect, or wait forever.
-    """
+    """A store on a free port of rank 0, which torchrun's own store tells to the other ranks: torchrun's outlives a restart of the ranks,
+    with the addresses of those before, and ranks that find these fail to connect, or wait forever."""
     agent_store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
     key = "open_flamingo/store"
     if world.rank == 0:
@@ -176,9 +173,9 @@ def _device(world: World, set_device: bool) -> torch.device:
     # A launcher that gives each process one GPU (`srun --gpus-per-task=1`) shows it as number 0.
     index = world.local_rank if set_device and visible > 1 else 0
     if index >= visible:
+        host = socket.gethostname()
         raise ValueError(
-            f"process {index} of {socket.gethostname()} has no GPU: {visible} are visible. Start at most {visible} "
-            "processes per node"
+            f"process {index} of {host} has no GPU: {visible} are visible. Start at most {visible} processes per node"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -186,10 +183,8 @@ def _device(world: World, set_device: bool) -> torch.device:
 
 @contextmanager
 def distributed(world: World, options: GroupOptions | None = None) -> Iterator[World]:
-    """Within this `with`, this process is in the process group of the run; gives `world` with its device and store.
-
-    Raises ValueError if there is no meeting point, or no GPU for this process.
-    """
+    """Within this `with`, this process is in the process group of the run; gives `world` with its device and store. Raises ValueError if
+    there is no meeting point, or no GPU for this process."""
     options = options or GroupOptions()
     world = replace(world, device=_device(world, options.set_device))
     if world.world_size == 1 and not options.group_of_one:

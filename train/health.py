@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -58,13 +58,6 @@ class Signals:
             self.received, self._when = signal.Signals(number).name, time.monotonic()
 
 
-class Agreement(NamedTuple):
-    """Of the forward passes of all ranks on one batch each."""
-
-    loss: float  # the mean over the labeled tokens of all ranks together
-    weight: float  # of this rank's own mean, so that the average over the ranks is `loss`: 1 on average, and on a single rank
-
-
 class Health:
     """What the ranks agree on before each backward pass, so that all of them do the same. It costs one read from the device per forward
     pass: without it, no rank could know that another must leave this batch out before they average the gradients.
@@ -97,17 +90,16 @@ class Health:
         self._keys += batch.keys
         self.set_phase(f"{kind} batch of {_shards(batch)}")
 
-    def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> Agreement | None:
-        """What this forward pass counts for; None if its loss, float32 [], is not finite on some rank. All ranks must call this: it waits
-        for the forward pass of each, and takes the occasion to agree on everything else."""
+    def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> tuple[float, float] | None:
+        """The mean loss over the labeled tokens of all ranks, and the weight of this rank's own mean `loss`, float32 [], with which the
+        average over the ranks is that; None if it is not finite on some rank. All ranks must call this: it waits for the forward pass of
+        each, and takes the occasion to agree on everything else."""
         self.set_phase(f"waiting for the other ranks after a {kind} batch of {_shards(batch)}")
         loss = loss.detach().double()  # which counts tokens exactly
         labels = batch.num_labels
-        stops = [float(self._signals.received == number.name) for number in STOP_SIGNALS]
+        counts = loss.new_tensor([labels, *(self._signals.received == number.name for number in STOP_SIGNALS)])
         bad_norm = False if self._pending is None else ~self._pending[0].isfinite()
-        sums = torch.cat(
-            [loss.new_tensor([labels, *stops]), torch.stack([loss * labels, bad_norm + loss.new_zeros(())])]
-        )
+        sums = torch.cat([counts, torch.stack([loss * labels, bad_norm + loss.new_zeros(())])])
         if dist.is_initialized():
             dist.all_reduce(sums)
         total_labels, *stops, total_loss, bad_norms = sums.tolist()
@@ -119,7 +111,7 @@ class Health:
             self._record(f"{kind} loss", None if bool(loss.isfinite()) else batch.keys, self._step)
             return None
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return Agreement(total_loss / max(1.0, total_labels), labels * ranks / max(1.0, total_labels))
+        return total_loss / max(1.0, total_labels), labels * ranks / max(1.0, total_labels)
 
     def end(self, norm: torch.Tensor | None, overflow_is_normal: bool = False) -> None:
         """The update is done: its gradient norm, on the device; None if all its parts were left out. `overflow_is_normal`: fp16 finds its
@@ -153,10 +145,7 @@ class Health:
         )
         if self._folder is None:
             return
-        shards = {
-            rank: [dict(zip(("shard", "key"), key.rsplit("#", 1), strict=True)) for key in of]
-            for rank, of in samples.items()
-        }
+        shards = {rank: [dict(zip(("shard", "key"), key.rsplit("#", 1))) for key in of] for rank, of in samples.items()}
         try:
             with open(self._folder / BAD_BATCHES, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"update": step, "not_finite": what, "samples_by_rank": shards}) + "\n")
@@ -171,7 +160,7 @@ def _shards(batch: Batch, named: int = 3) -> str:
 
 @torch.no_grad()
 def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError, naming the first, if a trained weight or a moment of this rank is not finite."""
+    """Raise ValueError, naming the first, if a trained weight or a moment of this rank is not finite."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

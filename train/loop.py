@@ -22,7 +22,7 @@ from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.distributed import GroupOptions, World, detect_launcher, distributed, raise_on_all_ranks
-from open_flamingo.train.errors import UserError, exit_on_error, user_error
+from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
 from open_flamingo.train.libraries import check_libraries
 from open_flamingo.train.lock import run_lock
@@ -68,8 +68,7 @@ def run(args: Namespace) -> int:
                 world = detect_launcher()
                 setup_logging(world.rank)
                 world = stack.enter_context(distributed(world, options))
-            watchdog = stack.enter_context(Watchdog(world, *limits))
-            with exit_on_error(world, watchdog), ExitStack() as while_training:
+            with Watchdog(world, *limits) as watchdog, ExitStack() as while_training:
                 with user_error("cannot start"), raise_on_all_ranks():
                     check_libraries(world.device, args.compile)
                     if args.compile:
@@ -151,9 +150,7 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
 
     # ---------------------------------------------------------------- the end
     watchdog.set_phase("the end", limited=False)
-    with (
-        raise_on_all_ranks()
-    ):  # launchers end all ranks when the first has ended with a code: let rank 0 finish its writing
+    with raise_on_all_ranks():  # launchers end all ranks when the first has ended: let rank 0 finish its writing
         reporter.close()
         for dataset in trainer.datasets:
             dataset.loader.close()

@@ -61,20 +61,16 @@ def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | No
 def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
     """Put `model` on the device and wrap it: DDP, FSDP if there is a `sharding`, nothing for a single process without.
 
-    Weights come from rank 0; on the other ranks the model may be on the meta device. They are sent, and sharded, unit by unit, so that
-    no rank ever holds more than one whole unit beside its shards.
+    Weights come from rank 0, others may be on the meta device. They are sent, and sharded, unit by unit: no rank holds a second whole one.
     """
     placed: set[int] = set()
     if sharding is None:
         broadcast_from_rank0(model, model, world, placed)
         if world.world_size == 1:
             return model
-        # Buckets stay at torch's 25 MB: other sizes made no difference (benchmarks/buckets.py).
-        options: dict[str, Any] = {
-            "gradient_as_bucket_view": True,  # no second copy of the gradients
-            "init_sync": False,  # they are the same already
-            _SYNC_BUFFERS: False,  # they are constants of frozen models
-        }
+        # Nothing is sent but gradients, as buffers are constants. Gradients are views of DDP's buckets, not copies; the size of those stays
+        # at torch's 25 MB, as others made no difference (benchmarks/buckets.py).
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, "init_sync": False, _SYNC_BUFFERS: False}
         return DistributedDataParallel(model, **options)
 
     groups = world.world_size // sharding.shard_size
@@ -189,9 +185,9 @@ def check_compiler(device: torch.device) -> None:
         with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
             torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # a compiler's, a file system's, Triton's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"torch.compile does not work on this machine: {reason}. Install a C and C++ compiler (gcc and g++; another "
+            f"torch.compile does not work on this machine: {lines[0]}. Install a C and C++ compiler (gcc and g++; another "
             "one is named in CC and CXX), or run without --compile"
         ) from error
 

@@ -16,6 +16,7 @@ from open_flamingo.train.parallel import full_tensor, gradient_sync
 from open_flamingo.train.precision import LossScaler, autocast
 
 MAX_GRADIENT_NORM = 1.0
+Normalization = tuple[Sequence[float], Sequence[float]] | None  # mean and std per channel that images still need
 
 
 @dataclass(eq=False)
@@ -25,18 +26,14 @@ class TrainDataset:
     kind: str
     weight: float  # of its loss
     loader: Loader
-    normalization: InitVar[
-        tuple[Sequence[float], Sequence[float]] | None
-    ]  # mean and std per channel that images still need
+    normalization: InitVar[Normalization]
     device: torch.device
     dropped: Counter[str] = field(default_factory=Counter)  # on purpose, by reason, since the program started
     errors: Counter[str] = field(default_factory=Counter)
     last: Batch | None = None  # whose cursors the next checkpoint stores
 
-    def __post_init__(self, normalization: tuple[Sequence[float], Sequence[float]] | None) -> None:
-        self._normalization = normalization and [
-            torch.tensor(v, device=self.device).view(3, 1, 1) for v in normalization
-        ]
+    def __post_init__(self, normalization: Normalization) -> None:
+        self._mean_std = normalization and [torch.tensor(v, device=self.device).view(3, 1, 1) for v in normalization]
         self.reset()
 
     def reset(self) -> None:
@@ -58,16 +55,14 @@ class TrainDataset:
     def images(self, batch: Batch) -> torch.Tensor:
         """The images of `batch` as the vision encoder takes them: float32 [B, N, 3, H, W], on the device."""
         images = batch.images.to(self.device, non_blocking=True)
-        if self._normalization is not None:  # sent as bytes, a quarter of the floats
-            mean, std = self._normalization
+        if self._mean_std is not None:  # sent as bytes, a quarter of the floats
+            mean, std = self._mean_std
             images = (images.float() / 255 - mean) / std
         return images
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """What an update works on."""
-
+class Trainer:  # what an update works on
     model: nn.Module  # wrapped by `parallelize`
     optimizer: torch.optim.Optimizer
     datasets: Sequence[TrainDataset]
@@ -104,9 +99,10 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
                 agreed = health.agree(dataset.kind, batch, loss)
                 if agreed is None:  # not finite
                     continue
-                (loss * (dataset.weight / trainer.accumulation * agreed.weight) * scale).backward()
+                mean_loss, share = agreed
+                (loss * (dataset.weight / trainer.accumulation * share) * scale).backward()
             backwards, reduced = backwards + 1, is_last
-            dataset.loss += agreed.loss
+            dataset.loss += mean_loss
             dataset.forwards += 1
 
     gradient_norm = None
@@ -128,12 +124,10 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
 
 def compute_loss(model: nn.Module, dataset: TrainDataset, batch: Batch) -> torch.Tensor:
     """The unweighted loss of one batch, float32 []."""
-    device = dataset.device
     return model(
         vision_x=dataset.images(batch).unsqueeze(2),  # the reference's frame axis: [B, N, 1, 3, H, W]
-        lang_x=batch.input_ids.to(device, non_blocking=True),
-        # No attention mask: padding is on the right, where causal attention never looks, and the kernels for causal
-        # attention without a mask are the fast ones.
-        labels=labeled_positions(batch.labels, device),  # picked here, without waiting for the device
+        # No attention mask: padding is on the right, where causal attention never looks, and kernels without a mask are the fast ones.
+        lang_x=batch.input_ids.to(dataset.device, non_blocking=True),
+        labels=labeled_positions(batch.labels, dataset.device),  # picked here, without waiting for the device
         image_counts=batch.image_counts,
     ).loss

@@ -1,10 +1,12 @@
-"""Hung and dead ranks: which one, since when, and where it was last."""
+"""Hung, dead and failed ranks: which one, since when, and where it was last."""
 
 import json
 import logging
 import os
+import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +14,9 @@ from typing import Any, NamedTuple, Self
 
 import torch.distributed as dist
 
+from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.distributed import TORCHRUN, World
+from open_flamingo.train.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,23 @@ class Watchdog:
             threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """After an error, a rank of several says why, or which rank is to blame, and exits at once: NCCL takes a process group down with
+        all ranks together, which may be waiting for each other, and nobody would read of the error or see the exit code."""
+        if error is not None:
+            self.set_phase("ending after an error", limited=False)
+            if self._world.world_size > 1:
+                # torchrun ends all ranks as soon as the first has ended: let this one finish.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                # What a collective raises when another rank has died.
+                failed = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
+                blamed = self.diagnose() if failed or isinstance(error, dist.DistError) else None
+                is_known = blamed or isinstance(error, (UserError, DataError))
+                log.error("%s", blamed or error, exc_info=None if is_known else error)
+            self.before_exit()
+            if self._world.world_size > 1:
+                sys.stdout.flush()
+                os._exit(1)
         self._over.set()
 
     def set_phase(self, phase: str, limited: bool = True) -> None:
@@ -138,9 +158,3 @@ def _describe(rank: int, what: str, report: _Report | None) -> str:
     if report is None:
         return f"Rank {rank} {what}: it never reported."
     return f"Rank {rank} ({report.host}, pid {report.pid}) {what}; last reported at {report.phase}."
-
-
-def is_communication_error(error: BaseException) -> bool:
-    """Whether a collective failed, as it does when another rank has died."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))
