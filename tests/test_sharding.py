@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from open_flamingo.train.distributed import GroupOptions, World, detect_launcher, distributed
+from open_flamingo.train.distributed import World, detect_launcher, distributed
 from open_flamingo.train.parallel import Sharding, parallelize, sharding_from_flags
 from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
@@ -178,7 +178,7 @@ def test_a_sharded_checkpoint_becomes_the_file_that_would_have_been_written(flag
 @pytest.mark.parametrize("shard_frozen", [True, False])
 def test_each_weight_is_sent_to_the_other_ranks_once(shard_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    with distributed(detect_launcher(), GroupOptions(group_of_one=True)) as world:
+    with distributed(detect_launcher(), group_of_one=True) as world:
         model = small_flamingo("llama", False)
         expected = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
         alone = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))

@@ -38,18 +38,6 @@ class World:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class GroupOptions:
-    """How the process group is made."""
-
-    url: str = "env://"
-    backend: str = "nccl"  # on GPUs; on the CPU it is gloo
-    set_device: bool = True  # take the GPU of the local rank; else the first
-    group_of_one: bool = False  # a single process gets a group, which sharding needs
-    startup_timeout: float = 3600.0  # seconds that a rank waits for the others to come
-    timeout: float = 7200.0  # seconds that it waits for them in every collective
-
-
 ENVIRONMENT, TORCHRUN, OPEN_MPI, SLURM, HOROVOD = "environment", "torchrun", "Open MPI", "SLURM", "Horovod"
 
 # The variables of rank, world size, local rank, local world size. The first launcher that fits counts: torchrun and mpirun also run
@@ -154,13 +142,12 @@ def _torchrun_store(world: World, timeout: timedelta) -> dist.Store:
                 raise
 
 
-def _store(world: World, options: GroupOptions) -> dist.Store:
-    timeout = timedelta(seconds=options.startup_timeout)
+def _store(world: World, url: str, timeout: timedelta) -> dist.Store:
     if world.world_size == 1:
         return dist.HashStore()
-    if world.launcher == TORCHRUN and options.url == "env://":
+    if world.launcher == TORCHRUN and url == "env://":
         return _torchrun_store(world, timeout)
-    url = init_method(world, options.url)
+    url = init_method(world, url)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if url == "env://" else url
     log.info("%s: %d processes meet at %s", world.launcher, world.world_size, address)
     return next(dist.rendezvous(url, world.rank, world.world_size, timeout=timeout))[0]
@@ -182,22 +169,29 @@ def _device(world: World, set_device: bool) -> torch.device:
 
 
 @contextmanager
-def distributed(world: World, options: GroupOptions | None = None) -> Iterator[World]:
+def distributed(
+    world: World,
+    url: str = "env://",
+    backend: str = "nccl",  # on GPUs; on the CPU it is gloo
+    set_device: bool = True,  # take the GPU of the local rank; else the first
+    group_of_one: bool = False,  # a single process gets a group, which sharding needs
+    startup_timeout: float = 3600.0,  # seconds that a rank waits for the others to come
+    timeout: float = 7200.0,  # seconds that it waits for them in every collective
+) -> Iterator[World]:
     """Within this `with`, this process is in the process group of the run; gives `world` with its device and store. Raises ValueError if
     there is no meeting point, or no GPU for this process."""
-    options = options or GroupOptions()
-    world = replace(world, device=_device(world, options.set_device))
-    if world.world_size == 1 and not options.group_of_one:
+    world = replace(world, device=_device(world, set_device))
+    if world.world_size == 1 and not group_of_one:
         yield world
         return
-    store = _store(world, options)
+    store = _store(world, url, timedelta(seconds=startup_timeout))
     on_gpu = world.device.type == "cuda"
     dist.init_process_group(
-        backend=options.backend if on_gpu else "gloo",
+        backend=backend if on_gpu else "gloo",
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(seconds=options.timeout),
-        device_id=world.device if on_gpu and options.backend == "nccl" else None,
+        timeout=timedelta(seconds=timeout),
+        device_id=world.device if on_gpu and backend == "nccl" else None,
         store=dist.PrefixStore("process group", store),
     )
     try:

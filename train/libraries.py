@@ -37,24 +37,9 @@ def check_libraries(device: "torch.device", compiled: bool) -> None:
     import torch
 
     from open_flamingo.train.data.images import image_spec
-
-    if not adamw_scales_and_skips(device):
-        problem = "torch's fused AdamW no longer follows `grad_scale` and `found_inf`: gradients would not be clipped"
-        raise ValueError(with_versions(problem))
-    settings = ((torch._dynamo.config, "optimize_ddp"), (torch.compiler.config, "recompile_limit"))
-    if compiled and not all(hasattr(config, name) for config, name in settings):
-        raise ValueError(with_versions("torch's compiler has other settings: train without --compile"))
-    if image_spec(open_clip.image_transform(224, is_train=False)) is None:
-        problem = "OpenCLIP's image transform has other parts: it prepares images itself, at half the speed or less"
-        log.warning("%s", with_versions(problem))
-
-
-def adamw_scales_and_skips(device: "torch.device") -> bool:
-    """Whether AdamW within `optimizer.clipping` divides gradients as it should, and skips a step whose norm is not finite."""
-    import torch
-
     from open_flamingo.train.optimizer import build_optimizer, clipping
 
+    # Within `clipping`, AdamW must skip the step whose norm is not finite, and divide the gradient of the other.
     model = torch.nn.Linear(1, 1, bias=False, device=device)
     optimizer = build_optimizer(model, learning_rate=1.0, weight_decay=0.0)
     before = model.weight.item()
@@ -65,4 +50,12 @@ def adamw_scales_and_skips(device: "torch.device") -> bool:
     state = optimizer.state[model.weight]
     values = (state["step"].item(), state["exp_avg"].item(), before - model.weight.item())
     # One step, (1 - β1) · gradient / (scale · clipping), the learning rate.
-    return all(abs(value - right) < 1e-4 for value, right in zip(values, (1.0, 0.1 * 8.0 / (2.0 * 2.0), 1.0)))
+    if not all(abs(value - right) < 1e-4 for value, right in zip(values, (1.0, 0.1 * 8.0 / (2.0 * 2.0), 1.0))):
+        problem = "torch's fused AdamW no longer follows `grad_scale` and `found_inf`: gradients would not be clipped"
+        raise ValueError(with_versions(problem))
+    settings = ((torch._dynamo.config, "optimize_ddp"), (torch.compiler.config, "recompile_limit"))
+    if compiled and not all(hasattr(config, name) for config, name in settings):
+        raise ValueError(with_versions("torch's compiler has other settings: train without --compile"))
+    if image_spec(open_clip.image_transform(224, is_train=False)) is None:
+        problem = "OpenCLIP's image transform has other parts: it prepares images itself, at half the speed or less"
+        log.warning("%s", with_versions(problem))

@@ -21,7 +21,7 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
-from open_flamingo.train.distributed import GroupOptions, World, detect_launcher, distributed, raise_on_all_ranks
+from open_flamingo.train.distributed import World, detect_launcher, distributed, raise_on_all_ranks
 from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
 from open_flamingo.train.libraries import check_libraries
@@ -54,20 +54,21 @@ def run(args: Namespace) -> int:
     # Of several limits that fall together, the one with the most to say must come first: a loader that hangs (which worker, which
     # shard), then the ranks that wait for its rank (which rank, in which phase), then torch (nothing).
     limits = 1.25 * args.dist_timeout + 5, 1.25 * args.startup_timeout + 5
-    options = GroupOptions(
-        url=args.dist_url,
-        backend=args.dist_backend,
-        set_device=not args.no_set_device_rank,
-        group_of_one=args.fsdp or args.checkpoint_format == "sharded",
-        startup_timeout=args.startup_timeout,
-        timeout=2 * max(limits) + 60,
-    )
     try:
         with ExitStack() as stack:
             with user_error("cannot start"):
                 world = detect_launcher()
                 setup_logging(world.rank)
-                world = stack.enter_context(distributed(world, options))
+                group = distributed(
+                    world,
+                    args.dist_url,
+                    args.dist_backend,
+                    set_device=not args.no_set_device_rank,
+                    group_of_one=args.fsdp or args.checkpoint_format == "sharded",
+                    startup_timeout=args.startup_timeout,
+                    timeout=2 * max(limits) + 60,
+                )
+                world = stack.enter_context(group)
             with Watchdog(world, *limits) as watchdog, ExitStack() as while_training:
                 with user_error("cannot start"), raise_on_all_ranks():
                     check_libraries(world.device, args.compile)

@@ -75,10 +75,8 @@ class Trainer:  # what an update works on
 def train_step(trainer: Trainer, learning_rate: float, health: Health | None = None) -> torch.Tensor | None:
     """Train on `accumulation` batches of each dataset; gradients are averaged over the ranks once, clipped once, applied once.
 
-    The loss of a forward pass is the mean over the labeled tokens of all ranks together: the ranks compute what one rank would of the
-    global batch, to float32 rounding. A batch whose loss is not finite on any rank is left out on all, and an update whose gradient
-    norm is not finite changes no weight; either counts as done: its samples are behind it, and the schedule has moved on.
-
+    The loss of a forward pass is the mean over the labeled tokens of all ranks together. A batch whose loss is not finite on any rank is
+    left out on all, and an update whose gradient norm is not finite changes no weight; either counts as done in data and schedule.
     Returns the global gradient norm before clipping, float32 [], on the device; None if every batch was left out.
     """
     health = health or Health()  # of this process alone
@@ -109,9 +107,8 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
     if backwards:
         if not reduced:
             trainer.reduce_gradients()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        gradient_norm = full_tensor(norm).float() / scale
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradient_norm = full_tensor(nn.utils.get_total_norm(gradients)).float() / scale
         with clipping(optimizer, gradient_norm, MAX_GRADIENT_NORM, scale):
             optimizer.step()
         if scaler is not None:
