@@ -26,11 +26,8 @@ from open_flamingo.train.precision import autocast
 log = logging.getLogger(__name__)
 
 # torch 2.13 renamed the argument.
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,8 @@ def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | No
 def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
     """Put `model` on the device and wrap it: DDP, FSDP if there is a `sharding`, nothing for a single process without.
 
-    Weights come from rank 0, others may be on the meta device. They are sent, and sharded, unit by unit: no rank holds a second whole one.
+    Weights come from rank 0; those of other ranks may be on the meta device. With FSDP they are sent, and sharded, unit by unit, so no
+    rank holds more than one whole unit beside its shards.
     """
     placed: set[int] = set()
     if sharding is None:
