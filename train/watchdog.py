@@ -30,8 +30,8 @@ class _Report(NamedTuple):  # of a rank, to the others
 
 
 class Watchdog:
-    """Ends this process, saying which rank is behind, when it has been in one phase for longer than `timeout` seconds (`startup_timeout`
-    before the first update is done).
+    """Within this `with`, this process ends after an error, and when it has been in one phase for longer than `timeout` seconds
+    (`startup_timeout` before the first update is done); of several ranks, the one to blame is named.
 
     One thread exchanges heartbeats through the store in which the ranks have met; another watches the time, as the store may not
     answer. The second also sees when the torchrun above has died, and then asks for a stop, as a SIGTERM does.
@@ -67,8 +67,8 @@ class Watchdog:
                 # What a collective raises when another rank has died.
                 failed = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
                 blamed = self.diagnose() if failed or isinstance(error, dist.DistError) else None
-                is_known = blamed or isinstance(error, (UserError, DataError))
-                log.error("%s", blamed or error, exc_info=None if is_known else error)
+                is_explained = blamed or isinstance(error, (UserError, DataError))
+                log.error("%s", blamed or error, exc_info=None if is_explained else error)
             self.before_exit()
             if self._world.world_size > 1:
                 sys.stdout.flush()
