@@ -107,8 +107,9 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
     if backwards:
         if not reduced:
             trainer.reduce_gradients()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradient_norm = full_tensor(nn.utils.get_total_norm(gradients)).float() / scale
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradient_norm = full_tensor(norm).float() / scale
         with clipping(optimizer, gradient_norm, MAX_GRADIENT_NORM, scale):
             optimizer.step()
         if scaler is not None:
