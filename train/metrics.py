@@ -1,7 +1,5 @@
 """What a log line says: speed, memory, gradients, gates; and what of it should worry somebody."""
 
-from __future__ import annotations
-
 import math
 import resource
 import statistics

@@ -150,7 +150,7 @@ class Charts:
 
         figure = go.Figure()
         for run in self.runs:
-            counts = {}
+            counts: dict[str, int] = {}
             for name, value in (run.lines[-1] if run.lines else {}).items():
                 what, _, kind = name.rpartition("_")
                 if what in ("dropped", "errors"):

@@ -4,8 +4,6 @@ Losses are means over labeled tokens, in nats per token. The samples are the fir
 without anything random, dealt to the ranks in groups that exchange images: so the figures are the same on any number of ranks.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +21,7 @@ from open_flamingo.loss import labeled_positions
 from open_flamingo.train.checkpoint.resume import TrainState
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.laion import LaionPreparer
+from open_flamingo.train.data.lanes import Randomness
 from open_flamingo.train.data.loader import Batch, build_preparer, collate
 from open_flamingo.train.data.mmc4 import Mmc4Preparer
 from open_flamingo.train.data.options import DataOptions
@@ -40,8 +39,8 @@ GRAY = 128  # of blank images, where the vision encoder's input is made of bytes
 MAX_CAPTION_TOKENS = 30
 
 
-class NothingRandom:
-    """Stands in for `lanes.Randomness`: every document of one image is kept, and no image is mirrored."""
+class NothingRandom(Randomness):
+    """Every document of one image is kept, and no image is mirrored."""
 
     def coin(self) -> float:
         return 1.0
@@ -58,7 +57,7 @@ def read_samples(kind: str, shards: Sequence[str], prepare: LaionPreparer | Mmc4
         try:
             for raw in read_shard(url, counts):
                 try:
-                    samples.append(prepare(raw, NothingRandom(), counts))
+                    samples.append(prepare(raw, NothingRandom(()), counts))
                 except SampleError as error:
                     counts.error(error.reason, f"{url}#{raw['__key__']}", str(error))
                 except Drop as reason:
@@ -244,7 +243,8 @@ def build_validator(state: TrainState, tokenizer: Any, image_processor: Callable
                 "--val_%s_shards: the ranks have not read the same samples, so there are no figures of them", kind
             )
         elif samples:
-            dataset = TrainDataset(kind, 1.0, None, normalization(image_processor), world.device)
+            nothing: Any = None  # is loaded
+            dataset = TrainDataset(kind, 1.0, nothing, normalization(image_processor), world.device)
             sets.append(ValidationSet(dataset, samples, prepare, world))
             log.info("validation: %d samples of --val_%s_shards", len(samples), kind)
     return Validator(state, sets, tokenizer) if sets else None
