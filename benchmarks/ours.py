@@ -40,7 +40,7 @@ from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.labels import laion_labels, mmc4_labels
 from open_flamingo.train.data.loader import Batch, build_loader
 from open_flamingo.train.data.options import DataOptions, resolve_lanes, resolve_workers
-from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
+from open_flamingo.train.distributed import detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import compile_blocks, parallelize
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
@@ -102,7 +102,7 @@ class Ours:
         flags += ["--loss_multiplier_laion=0.2", "--warmup_steps=0"]
         self.args = build_parser().parse_args(flags)
         self.folder = folder / "run-ours"
-        self.world = stack.enter_context(distributed(detect_launcher(), GroupOptions(group_of_one=args.group)))
+        self.world = stack.enter_context(distributed(detect_launcher(), group_of_one=args.group))
         device = self.world.device
         choose_kernels(deterministic=False)
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import data_options
-from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
+from open_flamingo.train.distributed import detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import dummy_batch, parallelize, warm_up_ddp
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
@@ -18,7 +18,7 @@ from open_flamingo.train.step import TrainDataset, Trainer, train_step
 
 def main() -> None:
     args = parse_args(sys.argv[1:])
-    with distributed(detect_launcher(), GroupOptions(args.dist_url)) as world:
+    with distributed(detect_launcher(), args.dist_url) as world:
         model, image_processor, tokenizer = create_model_and_transforms(
             args.vision_encoder_path, args.vision_encoder_pretrained, args.lm_path
         )

@@ -16,7 +16,7 @@ from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import data_options
-from open_flamingo.train.distributed import GroupOptions, World, detect_launcher, distributed
+from open_flamingo.train.distributed import World, detect_launcher, distributed
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import Sharding, compile_blocks, dummy_batch, full_tensor, parallelize, warm_up_ddp
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights
@@ -46,7 +46,7 @@ SHARDINGS = {"ddp": None, "full": Sharding(2), "hybrid": Sharding(1)}
 
 def main() -> None:
     args = parse_args(sys.argv[2:])
-    with distributed(detect_launcher(), GroupOptions(args.dist_url)) as world:
+    with distributed(detect_launcher(), args.dist_url) as world:
         with (Path(sys.argv[1]) / f"{world.rank}.jsonl").open("w") as file:
             for run in RUNS:
                 file.write(f"{json.dumps(train(args, world, *run))}\n")

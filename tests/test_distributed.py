@@ -97,11 +97,11 @@ def test_a_run_goes_on_on_another_number_of_processes(flags: list[str], tmp_path
 LISTS_SHARDS = """
 import sys
 from open_flamingo.train.arguments import parse_args
-from open_flamingo.train.distributed import GroupOptions, distributed, detect_launcher
+from open_flamingo.train.distributed import distributed, detect_launcher
 from open_flamingo.train.data.options import data_options
 
 args = parse_args(sys.argv[1:])
-with distributed(detect_launcher(), GroupOptions(args.dist_url)) as world:
+with distributed(detect_launcher(), args.dist_url) as world:
     print(data_options(args, world, None)["laion"].shards)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -14,8 +15,8 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
-from open_flamingo.train.parallel import Sharding, parallelize, shard_size
+from open_flamingo.train.distributed import World, detect_launcher, distributed
+from open_flamingo.train.parallel import Sharding, parallelize, sharding_from_flags
 from open_flamingo.train.sharded import to_file
 from open_flamingo.train.train import main
 from open_flamingo.weights import embedding_name
@@ -177,7 +178,7 @@ def test_a_sharded_checkpoint_becomes_the_file_that_would_have_been_written(flag
 @pytest.mark.parametrize("shard_frozen", [True, False])
 def test_each_weight_is_sent_to_the_other_ranks_once(shard_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    with distributed(detect_launcher(), GroupOptions(group_of_one=True)) as world:
+    with distributed(detect_launcher(), group_of_one=True) as world:
         model = small_flamingo("llama", False)
         expected = sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
         alone = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
@@ -212,6 +213,18 @@ def test_each_rank_sums_its_own_files(flags: list[str], tmp_path: Path) -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
+    def shard_size(strategy: str, given: int | None, ranks: int, ranks_of_node: int) -> int:
+        args = argparse.Namespace(
+            fsdp=True,
+            fsdp_use_orig_params=False,
+            fsdp_sharding_strategy=strategy,
+            fsdp_shard_size=given,
+            fsdp_frozen=None,
+        )
+        sharding = sharding_from_flags(args, World(world_size=ranks, local_world_size=ranks_of_node))
+        assert sharding is not None
+        return sharding.shard_size
+
     assert shard_size("full", None, 16, 8) == 16
     assert shard_size("hybrid", None, 16, 8) == 8
     with pytest.raises(ValueError, match=r"use one of \[1, 2, 3, 6\]"):

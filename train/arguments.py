@@ -4,8 +4,6 @@ Nothing heavy is imported here, so `--help` and a wrong flag answer at once. `pa
 afterwards; what is derived from it is computed where it is used.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

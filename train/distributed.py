@@ -1,10 +1,4 @@
-"""Launcher detection, process-group setup and small collectives.
-
-What launched this process is read from its environment: see `LAUNCHERS`. The ranks meet at `--dist-url`, and if that is
-`env://`, at MASTER_ADDR and MASTER_PORT; what of these is not set is derived from the launcher: see `init_method`.
-"""
-
-from __future__ import annotations
+"""Launcher detection (`LAUNCHERS`), the ranks' meeting point (`init_method`), the process group, small collectives."""
 
 import json
 import logging
@@ -29,50 +23,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run.
-
-    Attributes:
-        local_rank, local_world_size: on this node; the latter is None where the launcher does not tell.
-        store: in which the ranks have met; None for one process.
-    """
+    """This process among those of the run."""
 
     launcher: str = "one process"
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int | None = 1
+    local_rank: int = 0  # on this node
+    local_world_size: int | None = 1  # None until `distributed` has counted, if the launcher does not tell
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    store: dist.Store | None = None
+    store: dist.Store | None = None  # where the ranks have met; None for one process
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class GroupOptions:
-    """How the process group is made.
-
-    Attributes:
-        backend: on GPUs; on the CPU it is gloo.
-        set_device: whether a process takes the GPU of its local rank, or the first.
-        group_of_one: whether a single process gets a group, which sharding needs.
-        startup_timeout: seconds that a rank waits for the others to come.
-        timeout: seconds that it waits for them in every collective.
-    """
-
-    url: str = "env://"
-    backend: str = "nccl"
-    set_device: bool = True
-    group_of_one: bool = False
-    startup_timeout: float = 3600.0
-    timeout: float = 7200.0
-
-
 ENVIRONMENT, TORCHRUN, OPEN_MPI, SLURM, HOROVOD = "environment", "torchrun", "Open MPI", "SLURM", "Horovod"
 
-# Of each launcher, the variables of rank, world size, local rank, local world size. The first that fits counts: torchrun and mpirun also
-# run inside SLURM jobs, where an mpirun starts its helpers with srun and the ranks inherit the SLURM variables of the helpers.
+# The variables of rank, world size, local rank, local world size. The first launcher that fits counts: torchrun and mpirun also run
+# inside SLURM jobs, where an mpirun starts its helpers with srun and the ranks inherit the SLURM variables of the helpers.
 LAUNCHERS = {
     ENVIRONMENT: ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     HOROVOD: ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
@@ -85,7 +54,7 @@ LAUNCHERS = {
 
 
 def detect_launcher() -> World:
-    """This process's ranks, read from the launcher's variables. Raises ValueError where those contradict each other."""
+    """This process's ranks, read from the launcher's variables. Raises ValueError if those contradict each other."""
     for launcher, (rank_name, size_name, local_rank_name, local_size_name) in LAUNCHERS.items():
         rank, world_size, local_rank = map(_integer, (rank_name, size_name, local_rank_name))
         if launcher == SLURM and world_size is None and os.environ.get("ENVIRONMENT") != "BATCH":
@@ -113,27 +82,25 @@ def _integer(name: str | None) -> int | None:
 def init_method(world: World, dist_url: str) -> str:
     """`dist_url`, as torch.distributed takes it. If it is `env://` and MASTER_ADDR or MASTER_PORT is not set, that one comes from
 
-    - SLURM, for its steps and for an mpirun inside one of its jobs: the first host of the node list, and a port made from
-      the ids of job and step;
-    - Open MPI and horovodrun on a single node: this node, and a port made from what all processes of this launch share.
+    - SLURM, for its steps and an mpirun inside one of its jobs: the first host of the node list, a port made from the ids of job and step;
+    - Open MPI and horovodrun on a single node: this node, a port made from what all processes of this launch share.
 
-    Raises ValueError, saying what to export, where neither applies.
+    Raises ValueError, saying what to export, if neither applies.
     """
     env = os.environ
     address, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     if dist_url != "env://" or (address and port):
         return dist_url
-
     by_mpi = world.launcher not in (ENVIRONMENT, HOROVOD, SLURM)
     if world.launcher == SLURM or (by_mpi and "SLURM_JOB_NODELIST" in env):
         # The ranks of an mpirun have inherited SLURM's variables of its helpers' steps, which are not the same for all.
         step = {} if by_mpi else env
         address = address or first_host(step.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
         within_job = step.get("SLURM_STEP_ID") or env.get("PMIX_NAMESPACE")  # there may be several at once
-        port = port or _port(f"{env['SLURM_JOB_ID']}.{within_job}")
+        launch = f"{env['SLURM_JOB_ID']}.{within_job}"
     elif world.launcher in (OPEN_MPI, HOROVOD) and world.local_world_size == world.world_size:
         address = address or "127.0.0.1"
-        port = port or _port(env.get("PMIX_NAMESPACE", env.get("HOROVOD_GLOO_RENDEZVOUS_PORT", "")))
+        launch = env.get("PMIX_NAMESPACE", env.get("HOROVOD_GLOO_RENDEZVOUS_PORT", ""))
     else:
         missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name))
         raise ValueError(
@@ -141,27 +108,20 @@ def init_method(world: World, dist_url: str) -> str:
             "and a free port to all processes (mpirun: -x MASTER_ADDR -x MASTER_PORT), or pass "
             "--dist-url tcp://<address>:<port>"
         )
+    # The same on all ranks of a launch, from 12000 to 31999; Linux hands out ports from 32768 on.
+    port = port or str(12_000 + zlib.crc32(launch.encode()) % 20_000)
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 def first_host(node_list: str) -> str:
     """ "gpu[007-009,12],login1" → "gpu007", as `scontrol show hostnames`, which containers often lack."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
-    assert first is not None
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
-
-
-def _port(name: str) -> str:
-    """The same port for the same name, from 12000 to 31999; Linux hands out those from 32768 on."""
-    return str(12_000 + zlib.crc32(name.encode()) % 20_000)
+    first = re.split(r",(?![^\[]*\])", node_list)[0]  # at the commas outside of brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _torchrun_store(world: World, timeout: timedelta) -> dist.Store:
-    """A store on rank 0, on a port that was free there, which torchrun's store tells to the other ranks.
-
-    Torchrun's own outlives a restart of the ranks, with the addresses at which those before listened: ranks that find these first
-    fail to connect, or wait forever.
-    """
+    """A store on a free port of rank 0, which torchrun's own store tells to the other ranks: torchrun's outlives a restart of the ranks,
+    with the addresses of those before, and ranks that find these fail to connect, or wait forever."""
     agent_store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
     key = "open_flamingo/store"
     if world.rank == 0:
@@ -182,13 +142,12 @@ def _torchrun_store(world: World, timeout: timedelta) -> dist.Store:
                 raise
 
 
-def _store(world: World, options: GroupOptions) -> dist.Store:
-    timeout = timedelta(seconds=options.startup_timeout)
+def _store(world: World, url: str, timeout: timedelta) -> dist.Store:
     if world.world_size == 1:
         return dist.HashStore()
-    if world.launcher == TORCHRUN and options.url == "env://":
+    if world.launcher == TORCHRUN and url == "env://":
         return _torchrun_store(world, timeout)
-    url = init_method(world, options.url)
+    url = init_method(world, url)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if url == "env://" else url
     log.info("%s: %d processes meet at %s", world.launcher, world.world_size, address)
     return next(dist.rendezvous(url, world.rank, world.world_size, timeout=timeout))[0]
@@ -201,33 +160,38 @@ def _device(world: World, set_device: bool) -> torch.device:
     # A launcher that gives each process one GPU (`srun --gpus-per-task=1`) shows it as number 0.
     index = world.local_rank if set_device and visible > 1 else 0
     if index >= visible:
+        host = socket.gethostname()
         raise ValueError(
-            f"process {index} of {socket.gethostname()} has no GPU: {visible} are visible. Start at most {visible} "
-            "processes per node"
+            f"process {index} of {host} has no GPU: {visible} are visible. Start at most {visible} processes per node"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 @contextmanager
-def distributed(world: World, options: GroupOptions | None = None) -> Iterator[World]:
-    """Joins the process group of the run for the length of the `with`; gives `world` with its device and store.
-
-    Raises ValueError where there is no meeting point, or no GPU for this process.
-    """
-    options = options or GroupOptions()
-    world = replace(world, device=_device(world, options.set_device))
-    if world.world_size == 1 and not options.group_of_one:
+def distributed(
+    world: World,
+    url: str = "env://",
+    backend: str = "nccl",  # on GPUs; on the CPU it is gloo
+    set_device: bool = True,  # take the GPU of the local rank; else the first
+    group_of_one: bool = False,  # a single process gets a group, which sharding needs
+    startup_timeout: float = 3600.0,  # seconds that a rank waits for the others to come
+    timeout: float = 7200.0,  # seconds that it waits for them in every collective
+) -> Iterator[World]:
+    """Within this `with`, this process is in the process group of the run; gives `world` with its device and store. Raises ValueError if
+    there is no meeting point, or no GPU for this process."""
+    world = replace(world, device=_device(world, set_device))
+    if world.world_size == 1 and not group_of_one:
         yield world
         return
-    store = _store(world, options)
+    store = _store(world, url, timedelta(seconds=startup_timeout))
     on_gpu = world.device.type == "cuda"
     dist.init_process_group(
-        backend=options.backend if on_gpu else "gloo",
+        backend=backend if on_gpu else "gloo",
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(seconds=options.timeout),
-        device_id=world.device if on_gpu and options.backend == "nccl" else None,
+        timeout=timedelta(seconds=timeout),
+        device_id=world.device if on_gpu and backend == "nccl" else None,
         store=dist.PrefixStore("process group", store),
     )
     try:
@@ -259,15 +223,12 @@ def run_on_rank0(function: Callable[..., T], *args: Any) -> T:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Re-raises a ValueError or OSError of any rank on all ranks, so that none is left waiting for it."""
-    error: ValueError | OSError | None = None
+    """Raise a ValueError or OSError of any rank on all ranks, so that none is left waiting for it."""
     try:
         yield
-    except (ValueError, OSError) as caught:
-        error = caught
-    messages = gather_objects(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
+    except (ValueError, OSError) as error:
+        gather_objects(str(error))
+        raise
+    for rank, message in enumerate(gather_objects(None)):
         if message is not None:
             raise ValueError(f"rank {rank}: {message}")

@@ -1,19 +1,7 @@
-"""How a run ends with an error: one line where the user's input caused it, on one rank or on all."""
+"""Errors that the user's input causes: one line each."""
 
-from __future__ import annotations
-
-import logging
-import os
-import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-
-from open_flamingo.train.data.samples import DataError
-from open_flamingo.train.distributed import World
-from open_flamingo.train.watchdog import Watchdog, is_communication_error
-
-log = logging.getLogger(__name__)
 
 
 class UserError(RuntimeError):
@@ -22,11 +10,7 @@ class UserError(RuntimeError):
 
 @contextmanager
 def user_error(what: str, flags: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turns errors that the user's input causes into one line, which begins with `what`.
-
-    Args:
-        flags: argument of a function → the flag that it comes from, where the errors name arguments.
-    """
+    """Turn errors that the user's input causes into one line, which begins with `what`. `flags`: argument that errors name → flag."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -34,26 +18,3 @@ def user_error(what: str, flags: Mapping[str, str] | None = None) -> Iterator[No
         for argument, flag in (flags or {}).items():
             message = message.replace(argument, flag, 1)
         raise UserError(f"{what}: {message}") from error
-
-
-@contextmanager
-def exit_on_error(world: World, watchdog: Watchdog) -> Iterator[None]:
-    """After an error the last log lines are written; a rank of several says why, or which rank is to blame, and exits at once.
-
-    NCCL takes a process group down with all ranks together, and they may be waiting for this one, as what this one's GPU has
-    begun may be waiting for them: nobody would ever read of the error, or see the exit code.
-    """
-    try:
-        yield
-    except BaseException as error:
-        watchdog.set_phase("ending after an error", limited=False)
-        if world.world_size > 1:
-            # torchrun ends all ranks as soon as the first has ended: let this one finish.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            blamed = watchdog.diagnose() if is_communication_error(error) else None
-            log.error("%s", blamed or error, exc_info=not (blamed or isinstance(error, (UserError, DataError))))
-        watchdog.before_exit()
-        if world.world_size == 1:
-            raise
-        sys.stdout.flush()
-        os._exit(1)

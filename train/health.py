@@ -1,6 +1,4 @@
-"""Run health: losses and gradients that are not finite, signals that ask for a stop."""
-
-from __future__ import annotations
+"""What the ranks agree on: losses and gradients that are not finite, signals that ask for a stop."""
 
 import json
 import logging
@@ -12,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -20,13 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from open_flamingo.train.data.loader import Batch
-from open_flamingo.train.distributed import gather_objects
+from open_flamingo.train.distributed import World, gather_objects
 from open_flamingo.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# The exit code of a run that saved because a signal asked for it, and is to be started again (EX_TEMPFAIL).
-EXIT_STOPPED = 75
+EXIT_STOPPED = 75  # EX_TEMPFAIL: a signal asked for a stop, the run has saved and is to be started again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BAD_BATCHES = "bad_batches.jsonl"
 
@@ -39,7 +36,7 @@ class Signals:
         self._when = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
@@ -61,68 +58,48 @@ class Signals:
             self.received, self._when = signal.Signals(number).name, time.monotonic()
 
 
-class Agreement(NamedTuple):
-    """Of the forward passes of all ranks on one batch each."""
-
-    loss: float  # the mean over the labeled tokens of all ranks together
-    weight: float  # of this rank's own mean, so that the average over the ranks is `loss`: 1 on average, and on a single rank
-
-
 class Health:
-    """What the ranks agree on before each backward pass, so that all of them do the same. It costs one number read from the device per
-    forward pass: without it, no rank could know that another must leave this batch out before they average the gradients.
+    """What the ranks agree on before each backward pass, so that all of them do the same. It costs one read from the device per forward
+    pass: without it, no rank could know that another must leave this batch out before they average the gradients.
 
-    Args:
-        folder: of the run, where rank 0 records what was bad.
-
-    Attributes:
-        consecutive_bad_steps: updates up to the last one of which a part, or all, was left out.
-        bad_batches: by dataset, batches of all ranks together that were left out for a loss that is not finite.
-        stop: the signal that asked any rank to stop.
+    Rank 0 records what was bad in `folder`, the run's. Without arguments: of this process alone.
     """
 
     def __init__(
         self, folder: Path | None = None, signals: Signals | None = None, watchdog: Watchdog | None = None
     ) -> None:
         self._folder = folder
-        self._signals = signals
-        self._watchdog = watchdog
-        self._step = 0
-        self._keys: list[str] = []  # of this rank's samples of this update
-        self._part_left_out = False
+        self._signals = signals or Signals()
+        self._watchdog = watchdog or Watchdog(World(), math.inf, math.inf)
         # The gradient norm of an update, its samples and number: not waited for, but looked at in the next agreement.
         self._pending: tuple[torch.Tensor, list[str], int] | None = None
-        self.consecutive_bad_steps = 0
-        self.bad_batches: Counter[str] = Counter()
-        self.stop: str | None = None
+        self.consecutive_bad_steps = 0  # updates up to the last one of which a part, or all, was left out
+        self.bad_batches: Counter[str] = Counter()  # left out for their loss, on all ranks together, by dataset
+        self.stop: str | None = None  # the signal that asked any rank to stop
+        self.begin(0)
 
     def begin(self, step: int) -> None:
         """Update number `step` begins."""
-        self._step, self._part_left_out, self._keys = step, False, []
+        self._keys: list[str] = []  # of this rank's samples
+        self._step, self._part_left_out = step, False
 
     def set_phase(self, phase: str) -> None:
-        """For the watchdog. All ranks call this in the same places."""
-        if self._watchdog is not None:
-            self._watchdog.set_phase(f"update {self._step}, {phase}")
+        self._watchdog.set_phase(f"update {self._step}, {phase}")
 
     def before_forward(self, kind: str, batch: Batch) -> None:
         self._keys += batch.keys
         self.set_phase(f"{kind} batch of {_shards(batch)}")
 
-    def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> Agreement | None:
-        """What this forward pass counts for; None if its loss, float32 [], is not finite on some rank. All ranks must call this.
-
-        Waits for the forward pass on all ranks, and takes the occasion to agree on everything else.
-        """
+    def agree(self, kind: str, batch: Batch, loss: torch.Tensor) -> tuple[float, float] | None:
+        """The mean loss over the labeled tokens of all ranks, and the weight of this rank's own mean `loss`, float32 [], with which the
+        average over the ranks is that; None if it is not finite on some rank. All ranks must call this: it waits for the forward pass of
+        each, and takes the occasion to agree on everything else."""
         self.set_phase(f"waiting for the other ranks after a {kind} batch of {_shards(batch)}")
         loss = loss.detach().double()  # which counts tokens exactly
         labels = batch.num_labels
-        received = None if self._signals is None else self._signals.received
-        stops = [float(received == number.name) for number in STOP_SIGNALS]
+        counts = loss.new_tensor([labels, *(self._signals.received == number.name for number in STOP_SIGNALS)])
         bad_norm = False if self._pending is None else ~self._pending[0].isfinite()
-        sums = torch.cat(
-            [loss.new_tensor([labels, *stops]), torch.stack([loss * labels, bad_norm + loss.new_zeros(())])]
-        )
+        sums = torch.cat([counts, torch.stack([loss * labels, bad_norm + loss.new_zeros(())])])
         if dist.is_initialized():
             dist.all_reduce(sums)
         total_labels, *stops, total_loss, bad_norms = sums.tolist()
@@ -134,21 +111,18 @@ class Health:
             self._record(f"{kind} loss", None if bool(loss.isfinite()) else batch.keys, self._step)
             return None
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return Agreement(total_loss / max(1.0, total_labels), labels * ranks / max(1.0, total_labels))
+        return total_loss / max(1.0, total_labels), labels * ranks / max(1.0, total_labels)
 
     def end(self, norm: torch.Tensor | None, overflow_is_normal: bool = False) -> None:
-        """The update is done: its gradient norm, on the device; None if all its parts were left out.
-
-        Args:
-            overflow_is_normal: fp16 finds its scale by overflowing; only a long row of that is bad.
-        """
+        """The update is done: its gradient norm, on the device; None if all its parts were left out. `overflow_is_normal`: fp16 finds its
+        scale by overflowing; only a long row of that is bad."""
         if self._part_left_out:
             self.consecutive_bad_steps += 1
         elif norm is not None:
             self._pending = (norm.detach(), [] if overflow_is_normal else self._keys, self._step)
 
     def flush(self) -> None:
-        """Looks at the norm of the last update, waiting for it. It is the same on all ranks."""
+        """Look at the norm of the last update, waiting for it. It is the same on all ranks."""
         if self._pending is not None:
             self._check_pending_norm(not bool(self._pending[0].isfinite()))
 
@@ -161,7 +135,7 @@ class Health:
             self._record("gradient norm", keys, step)
 
     def _record(self, what: str, keys: list[str] | None, step: int) -> None:
-        """In the log and the run's folder. `keys`: this rank's samples, None if they are not suspect."""
+        """Log and record it. `keys`: this rank's samples, None if they are not suspect."""
         samples = {rank: of for rank, of in enumerate(gather_objects(keys)) if of is not None}
         if dist.is_initialized() and dist.get_rank() != 0:
             return
@@ -171,10 +145,7 @@ class Health:
         )
         if self._folder is None:
             return
-        shards = {
-            rank: [dict(zip(("shard", "key"), key.rsplit("#", 1), strict=True)) for key in of]
-            for rank, of in samples.items()
-        }
+        shards = {rank: [dict(zip(("shard", "key"), key.rsplit("#", 1))) for key in of] for rank, of in samples.items()}
         try:
             with open(self._folder / BAD_BATCHES, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"update": step, "not_finite": what, "samples_by_rank": shards}) + "\n")
@@ -189,7 +160,7 @@ def _shards(batch: Batch, named: int = 3) -> str:
 
 @torch.no_grad()
 def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError, naming the first, if a trained weight or a moment of this rank is not finite."""
+    """Raise ValueError, naming the first, if a trained weight or a moment of this rank is not finite."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

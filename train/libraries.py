@@ -1,9 +1,5 @@
-"""Checks, at the start, what this program uses of other libraries without their promise: docs/dependencies.md.
-
-So a new version of a library is an error of one line, not a crash hours later or a wrong update.
-"""
-
-from __future__ import annotations
+"""Checks, at the start, of what is used of other libraries without their promise (docs/dependencies.md): a new version of one is an error
+of one line, not a crash hours later or a wrong update."""
 
 import logging
 from importlib.metadata import PackageNotFoundError, version
@@ -31,35 +27,19 @@ def with_versions(problem: object) -> str:
         except PackageNotFoundError:
             installed = "missing"
         libraries.append(f"{name} {installed} ({old} to {new} are tested)")
-    tested = "`pip install -c constraints.txt '.[training]'` installs tested versions"
-    return f"{problem}. This is {', '.join(libraries)}. {tested}"
+    advice = "`pip install -c constraints.txt '.[training]'` installs tested versions"
+    return f"{problem}. This is {', '.join(libraries)}. {advice}"
 
 
-def check_libraries(device: torch.device, compiled: bool) -> None:
-    """Raises ValueError where training on `device` would be wrong or could not begin; warns of what only makes it slower."""
+def check_libraries(device: "torch.device", compiled: bool) -> None:
+    """Raise ValueError if training on `device` would be wrong or could not begin; warn of what only makes it slower."""
     import open_clip
     import torch
 
     from open_flamingo.train.data.images import image_spec
-
-    if not adamw_scales_and_skips(device):
-        problem = "torch's fused AdamW no longer follows `grad_scale` and `found_inf`: gradients would not be clipped"
-        raise ValueError(with_versions(problem))
-    if compiled and not (
-        hasattr(torch._dynamo.config, "optimize_ddp") and hasattr(torch.compiler.config, "recompile_limit")
-    ):
-        raise ValueError(with_versions("torch's compiler has other settings: train without --compile"))
-    if image_spec(open_clip.image_transform(224, is_train=False)) is None:
-        problem = "OpenCLIP's image transform has other parts: it prepares images itself, at half the speed or less"
-        log.warning("%s", with_versions(problem))
-
-
-def adamw_scales_and_skips(device: torch.device) -> bool:
-    """Whether AdamW within `optimizer.clipping` divides gradients as it should, and skips a step whose norm is not finite."""
-    import torch
-
     from open_flamingo.train.optimizer import build_optimizer, clipping
 
+    # Within `clipping`, AdamW must skip the step whose norm is not finite, and divide the gradient of the other.
     model = torch.nn.Linear(1, 1, bias=False, device=device)
     optimizer = build_optimizer(model, learning_rate=1.0, weight_decay=0.0)
     before = model.weight.item()
@@ -67,8 +47,15 @@ def adamw_scales_and_skips(device: torch.device) -> bool:
     for norm in (torch.inf, 2.0):
         with clipping(optimizer, torch.tensor(norm, device=device), max_norm=1.0, scale=2.0):
             optimizer.step()
-    # One step, of the learning rate.
     state = optimizer.state[model.weight]
-    first_moment = 0.1 * 8.0 / (2.0 * 2.0)  # (1 - β1) · gradient / (scale · clipping)
     values = (state["step"].item(), state["exp_avg"].item(), before - model.weight.item())
-    return all(abs(value - right) < 1e-4 for value, right in zip(values, (1.0, first_moment, 1.0)))
+    # One step, (1 - β1) · gradient / (scale · clipping), the learning rate.
+    if not all(abs(value - right) < 1e-4 for value, right in zip(values, (1.0, 0.1 * 8.0 / (2.0 * 2.0), 1.0))):
+        problem = "torch's fused AdamW no longer follows `grad_scale` and `found_inf`: gradients would not be clipped"
+        raise ValueError(with_versions(problem))
+    settings = ((torch._dynamo.config, "optimize_ddp"), (torch.compiler.config, "recompile_limit"))
+    if compiled and not all(hasattr(config, name) for config, name in settings):
+        raise ValueError(with_versions("torch's compiler has other settings: train without --compile"))
+    if image_spec(open_clip.image_transform(224, is_train=False)) is None:
+        problem = "OpenCLIP's image transform has other parts: it prepares images itself, at half the speed or less"
+        log.warning("%s", with_versions(problem))

@@ -1,11 +1,9 @@
 """The run, from top to bottom: `run` is the process around it, `train` the training itself."""
 
-from __future__ import annotations
-
-import argparse
 import gc
 import logging
 import time
+from argparse import Namespace
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -15,42 +13,20 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from open_flamingo import create_model_and_transforms
-from open_flamingo.train.checkpoint import files
-from open_flamingo.train.checkpoint.resume import (
-    ResumePoint,
-    TrainState,
-    check_shard_lists,
-    find_start,
-    restore_model,
-    restore_optimizer,
-)
+from open_flamingo.train import parallel
+from open_flamingo.train.checkpoint import files, resume
+from open_flamingo.train.checkpoint.resume import ResumePoint, TrainState
 from open_flamingo.train.checkpoint.saving import Checkpoints
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
-from open_flamingo.train.distributed import (
-    GroupOptions,
-    World,
-    detect_launcher,
-    distributed,
-    gather_objects,
-    raise_on_all_ranks,
-)
-from open_flamingo.train.errors import UserError, exit_on_error, user_error
+from open_flamingo.train.distributed import World, detect_launcher, distributed, raise_on_all_ranks
+from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
 from open_flamingo.train.libraries import check_libraries
 from open_flamingo.train.lock import run_lock
 from open_flamingo.train.optimizer import build_optimizer
-from open_flamingo.train.parallel import (
-    check_compiler,
-    compile_blocks,
-    dummy_batch,
-    parallelize,
-    reduce_gradients,
-    sharding_from_flags,
-    warm_up_ddp,
-)
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, measure, setup_logging
 from open_flamingo.train.schedule import Plan
@@ -70,21 +46,34 @@ MODEL_FLAGS = {
 }
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """The process around the training. Returns its exit code."""
     setup_logging(rank=0)
     choose_kernels(args.deterministic)
     transformers_logging.disable_progress_bar()
+    # Of several limits that fall together, the one with the most to say must come first: a loader that hangs (which worker, which
+    # shard), then the ranks that wait for its rank (which rank, in which phase), then torch (nothing).
+    limits = 1.25 * args.dist_timeout + 5, 1.25 * args.startup_timeout + 5
     try:
         with ExitStack() as stack:
             with user_error("cannot start"):
                 world = detect_launcher()
                 setup_logging(world.rank)
-                world = stack.enter_context(distributed(world, group_options(args)))
-            watchdog = stack.enter_context(Watchdog(world, *watchdog_limits(args)))
-            with exit_on_error(world, watchdog), ExitStack() as while_training:
+                group = distributed(
+                    world,
+                    args.dist_url,
+                    args.dist_backend,
+                    set_device=not args.no_set_device_rank,
+                    group_of_one=args.fsdp or args.checkpoint_format == "sharded",
+                    startup_timeout=args.startup_timeout,
+                    timeout=2 * max(limits) + 60,
+                )
+                world = stack.enter_context(group)
+            with Watchdog(world, *limits) as watchdog, ExitStack() as while_training:
                 with user_error("cannot start"), raise_on_all_ranks():
                     check_libraries(world.device, args.compile)
+                    if args.compile:
+                        parallel.check_compiler(world.device)
                     if world.is_main:
                         while_training.enter_context(run_lock(Path(args.run_name)))
                 stopped_by = train(args, world, watchdog)
@@ -96,36 +85,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if stopped_by is None else EXIT_STOPPED
 
 
-def watchdog_limits(args: argparse.Namespace) -> tuple[float, float]:
-    """Seconds that a phase may take: of the training, and before its first update is done.
-
-    Of several limits that fall together, the one with the most to say must come first: a loader that hangs (which worker, which
-    shard), then the ranks that wait for its rank (which rank, in which phase), then torch (nothing).
-    """
-    return 1.25 * args.dist_timeout + 5, 1.25 * args.startup_timeout + 5
-
-
-def group_options(args: argparse.Namespace) -> GroupOptions:
-    return GroupOptions(
-        url=args.dist_url,
-        backend=args.dist_backend,
-        set_device=not args.no_set_device_rank,
-        group_of_one=args.fsdp or args.checkpoint_format == "sharded",
-        startup_timeout=args.startup_timeout,
-        timeout=2 * max(watchdog_limits(args)) + 60,
-    )
-
-
-def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | None:
-    """Trains to the end, or until a signal asks for a stop: then returns its name."""
+def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
+    """Train to the end, or until a signal asks for a stop: then returns its name."""
     # ---------------------------------------------------------------- where to start, and how far to go
-    if args.compile:
-        with user_error("cannot compile"):
-            check_compiler(world.device)
     with user_error("cannot resume"):
-        start, plan = find_start(args, Plan.from_flags(args, world.world_size))
+        start, plan = resume.find_start(args, Plan.from_flags(args, world.world_size))
         options = data_options(args, world, start.lanes)
-        check_shard_lists(args, start, {kind: option.shards for kind, option in options.items()})
+        resume.check_shard_lists(args, start, {kind: option.shards for kind, option in options.items()})
     progress = start.progress
     first_step, last_step = progress.step, progress.step + plan.updates_left(progress)
     if first_step == last_step:
@@ -184,17 +150,15 @@ def train(args: argparse.Namespace, world: World, watchdog: Watchdog) -> str | N
         checkpoints.finish()
 
     # ---------------------------------------------------------------- the end
-    reporter.close()
-    for dataset in trainer.datasets:
-        dataset.loader.close()
     watchdog.set_phase("the end", limited=False)
-    gather_objects(None)  # launchers end all ranks when the first has ended with a code: let rank 0 finish its writing
+    with raise_on_all_ranks():  # launchers end all ranks when the first has ended: let rank 0 finish its writing
+        reporter.close()
+        for dataset in trainer.datasets:
+            dataset.loader.close()
     return outcome(args, health, checkpoints, step, last_step)
 
 
-def outcome(
-    args: argparse.Namespace, health: Health, checkpoints: Checkpoints, step: int, last_step: int
-) -> str | None:
+def outcome(args: Namespace, health: Health, checkpoints: Checkpoints, step: int, last_step: int) -> str | None:
     """The name of the signal that stopped the run after `step`, None at its end. Raises UserError where it failed."""
     if checkpoints.problem is not None:
         raise UserError(f"after update {step}, {checkpoints.problem}")
@@ -217,16 +181,11 @@ def itstime(step: int, every: int) -> bool:
 
 
 def build(
-    args: argparse.Namespace,
-    world: World,
-    watchdog: Watchdog,
-    start: ResumePoint,
-    plan: Plan,
-    options: dict[str, DataOptions],
+    args: Namespace, world: World, watchdog: Watchdog, start: ResumePoint, plan: Plan, options: dict[str, DataOptions]
 ) -> TrainState:
     """Model, optimizer and loaders, as they were when the checkpoint of `start` was made. Every rank must call this."""
     with user_error("cannot start"):
-        sharding = sharding_from_flags(args, world)
+        sharding = parallel.sharding_from_flags(args, world)
     watchdog.set_phase("building the model")
     torch.manual_seed(args.seed)
     with user_error("cannot build the model", MODEL_FLAGS), raise_on_all_ranks():
@@ -248,14 +207,14 @@ def build(
         watchdog.set_phase("waiting for the models of the other ranks")
     with user_error("cannot resume"), raise_on_all_ranks():
         if world.is_main:
-            restore_model(start, model)
+            resume.restore_model(start, model)
     watchdog.set_phase("broadcasting weights")
     cast_frozen_weights(model, args.precision)
-    parallel_model = parallelize(model, world, sharding).train()
+    parallel_model = parallel.parallelize(model, world, sharding).train()
     optimizer = build_optimizer(model, args.learning_rate, args.weight_decay)
     scaler = LossScaler(world.device) if args.precision == "fp16" else None
     with user_error("cannot resume"):
-        restore_optimizer(start, world, model, optimizer, scaler)
+        resume.restore_optimizer(start, world, model, optimizer, scaler)
     start.checkpoint = None  # free the memory
 
     watchdog.set_phase("opening the data")
@@ -271,10 +230,11 @@ def build(
             for kind, option in options.items()
         ]
 
-    dummy = dummy_batch(image_processor(Image.new("RGB", (64, 64))), model.media_token_id, model.eoc_token_id)
-    warm_up_ddp(parallel_model, dummy, args.precision)
+    image = image_processor(Image.new("RGB", (64, 64)))
+    dummy = parallel.dummy_batch(image, model.media_token_id, model.eoc_token_id)
+    parallel.warm_up_ddp(parallel_model, dummy, args.precision)
     if args.compile:
-        compile_blocks(model)
+        parallel.compile_blocks(model)
     trainer = Trainer(
         model=parallel_model,
         optimizer=optimizer,
@@ -282,7 +242,7 @@ def build(
         precision=args.precision,
         accumulation=args.gradient_accumulation_steps,
         scaler=scaler,
-        reduce_gradients=partial(reduce_gradients, parallel_model, dummy, args.precision),
+        reduce_gradients=partial(parallel.reduce_gradients, parallel_model, dummy, args.precision),
     )
     lanes = next(iter(options.values())).lanes
     return TrainState(args, world, plan, model, trainer, lanes, start.started_from)

@@ -1,14 +1,12 @@
 """The model on many ranks, whole (DDP) or sharded (FSDP2): gradients averaged once per update."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,97 +26,72 @@ from open_flamingo.train.precision import autocast
 log = logging.getLogger(__name__)
 
 # torch 2.13 renamed the argument.
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How FSDP spreads the model: over `shard_size` ranks that share one copy (fewer than all: `hybrid`, replicated between such
-    groups), frozen parameters too or whole on every rank."""
+    """How FSDP spreads the model."""
 
-    shard_size: int
-    shard_frozen: bool = True
+    shard_size: int  # ranks that share one copy; fewer than all: `hybrid`, replicated between such groups
+    shard_frozen: bool = True  # frozen parameters too; else they are whole on every rank
 
 
 def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | None:
-    """How FSDP spreads the model, None without --fsdp."""
+    """How FSDP spreads the model, None without --fsdp. Raises ValueError if the ranks cannot be divided so."""
     if not args.fsdp:
         return None
     if args.fsdp_use_orig_params:
         log.info("--fsdp_use_orig_params: always so")
+    ranks = world.world_size
     assert world.local_world_size is not None
-    size = shard_size(args.fsdp_sharding_strategy, args.fsdp_shard_size, world.world_size, world.local_world_size)
+    size = args.fsdp_shard_size or (ranks if args.fsdp_sharding_strategy == "full" else world.local_world_size)
+    if ranks % size:
+        fitting = [number for number in range(1, ranks + 1) if ranks % number == 0]
+        raise ValueError(
+            f"--fsdp_shard_size: {size} ranks cannot share the model evenly among {ranks}: use one of {fitting}"
+        )
     return Sharding(size, shard_frozen=args.fsdp_frozen == "shard")
 
 
-def shard_size(strategy: str, given: int | None, world_size: int, ranks_of_node: int) -> int:
-    """The ranks that share one copy of the model: as `given`, or all (`full`), or those of a node (`hybrid`).
-
-    Raises ValueError where they do not divide the ranks.
-    """
-    size = given or (world_size if strategy == "full" else ranks_of_node)
-    if world_size % size:
-        fitting = [number for number in range(1, world_size + 1) if world_size % number == 0]
-        raise ValueError(
-            f"--fsdp_shard_size: {size} ranks cannot share the model evenly among {world_size}: use one of {fitting}"
-        )
-    return size
-
-
 def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
-    """Puts `model` on the device and wraps it: DDP, FSDP if there is a `sharding`, nothing for a single process without.
+    """Put `model` on the device and wrap it: DDP, FSDP if there is a `sharding`, nothing for a single process without.
 
-    Weights come from rank 0; on the other ranks the model may be on the meta device. They are sent, and sharded, unit
-    by unit, so that no rank ever holds more than one whole unit beside its shards.
+    Weights come from rank 0; those of other ranks may be on the meta device. With FSDP they are sent, and sharded, unit by unit, so no
+    rank holds more than one whole unit beside its shards.
     """
+    placed: set[int] = set()
     if sharding is None:
-        broadcast_from_rank0(model, model, world)
+        broadcast_from_rank0(model, model, world, placed)
         if world.world_size == 1:
             return model
-        # Buckets stay at torch's 25 MB: other sizes made no difference (benchmarks/buckets.py).
-        options: dict[str, Any] = {
-            "gradient_as_bucket_view": True,  # no second copy of the gradients
-            "init_sync": False,  # they are the same already
-            _SYNC_BUFFERS: False,  # they are constants of frozen models
-        }
+        # Nothing is sent but gradients, as buffers are constants. Gradients are views of DDP's buckets, not copies; the size of those stays
+        # at torch's 25 MB, as others made no difference (benchmarks/buckets.py).
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, "init_sync": False, _SYNC_BUFFERS: False}
         return DistributedDataParallel(model, **options)
 
-    dims = {"replicate": world.world_size // sharding.shard_size, "shard": sharding.shard_size}
-    if dims["replicate"] == 1:
-        del dims["replicate"]
+    groups = world.world_size // sharding.shard_size
+    dims = {"replicate": groups, "shard": sharding.shard_size} if groups > 1 else {"shard": sharding.shard_size}
     mesh = init_device_mesh(world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
     # FSDP warns where a unit returns a view, since writing into it would lose its gradient. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    placed: set[int] = set()
     *inner, root = units(model)
-    # Zamba 2 has one block in several layers: its parameters are the root's.
+    # Zamba 2 has one block in several layers: its parameters are the root's. By name, as they are about to be replaced.
     uses = Counter(parameter for unit in inner for parameter in unit.parameters())
-    shared = {owner for unit in inner for owner, parameter in _owners(unit).items() if uses[parameter] > 1}
-    for unit in (*inner, root):
+    shared = [[name for name, parameter in unit.named_parameters() if uses[parameter] > 1] for unit in inner]
+    for unit, names in zip((*inner, root), (*shared, [])):
         broadcast_from_rank0(unit, model, world, placed)
         ignored = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
-        if unit is not root:
-            ignored |= {owned for owner, owned in _owners(unit).items() if owner in shared}
+        ignored |= {unit.get_parameter(name) for name in names}
         if any(parameter not in ignored for parameter in unit.parameters()):
             fully_shard(unit, mesh=mesh, ignored_params=ignored)
     return model
 
 
-def _owners(unit: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
-    """The parameters of `unit`, by the module and the name that they have there: those stay when a parameter is replaced."""
-    owned = ((module, name, p) for module in unit.modules() for name, p in module.named_parameters(recurse=False))
-    return {(id(module), name): parameter for module, name, parameter in owned}
-
-
 def units(model: Flamingo) -> Iterator[nn.Module]:
-    """The parts that FSDP gathers one at a time, inner ones first; the last is the model itself, for what is left.
-
-    A tied embedding stays with the last one: the head that shares it is needed at the end of forward.
-    """
+    """The parts that FSDP gathers one at a time, inner ones first; the last is the model itself, for what is left: a tied embedding too,
+    as the head that shares it is needed at the end of forward."""
     yield from _repeated_blocks(model.vision_encoder)
     yield model.perceiver
     for layer in model.decoder_layers:
@@ -139,11 +112,10 @@ def _repeated_blocks(tower: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def broadcast_from_rank0(unit: nn.Module, model: nn.Module, world: World, done: set[int] | None = None) -> None:
-    """Puts the parameters and buffers of `unit` on the device, as they are on rank 0, wherever `model` uses them: what is tied stays
+def broadcast_from_rank0(unit: nn.Module, model: nn.Module, world: World, done: set[int]) -> None:
+    """Put the parameters and buffers of `unit` on the device, as they are on rank 0, wherever `model` uses them: what is tied stays
     tied. What is sharded, or whose id is in `done` (which is added to), is in place already."""
     placed: dict[int, Tensor] = {}
-    done = set() if done is None else done
     for tensor in [*unit.parameters(), *unit.buffers()]:
         if isinstance(tensor, DTensor) or id(tensor) in done:
             continue
@@ -169,8 +141,8 @@ def dummy_batch(image: Tensor, media_token_id: int, eoc_token_id: int) -> dict[s
 
 
 def reduce_gradients(model: nn.Module, batch: dict[str, Tensor], precision: str = "fp32") -> None:
-    """Averages the gradients over the ranks, where the pass that should have done it was left out: DDP and FSDP do it within
-    backward passes only, so this is one over a dummy batch whose own gradients are 0."""
+    """Average the gradients over the ranks, if the pass that should have done it was left out: DDP and FSDP do it within backward
+    passes only, so this is one over a dummy batch whose own gradients are 0."""
     if not isinstance(model, (DistributedDataParallel, FSDPModule)):
         return
     device = next(model.parameters()).device
@@ -182,11 +154,8 @@ def reduce_gradients(model: nn.Module, batch: dict[str, Tensor], precision: str 
 
 
 def warm_up_ddp(model: nn.Module, batch: dict[str, Tensor], precision: str = "fp32") -> None:
-    """A backward pass whose gradients are thrown away, once, before the first update.
-
-    After its first one DDP lays its buckets out again, in the order in which gradients came, which decides the order in which they
-    are added up: without this, the first update after a resume would differ in its last bits.
-    """
+    """A backward pass whose gradients are thrown away. After its first one DDP lays its buckets out again, in the order in which gradients
+    came, which decides the order of their sums: without this, the first update after a resume would differ in its last bits."""
     if isinstance(model, DistributedDataParallel):
         reduce_gradients(model, batch, precision)
         model.zero_grad(set_to_none=True)
@@ -197,11 +166,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """The context of one forward *and* backward pass (DDP decides in forward): whether it averages the gradients over the ranks."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not enabled:
-        with model.no_sync():
-            yield
-    else:
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not enabled else nullcontext():
         yield
 
 
@@ -212,30 +177,26 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles and runs a small function. Raises ValueError, saying what is missing, where this machine cannot."""
+    """Compile and run a small function. Raises ValueError, saying what is missing, if this machine cannot."""
     try:
         # Without caches, else what was compiled before would hide that the compiler is gone.
         with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
             torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # a compiler's, a file system's, Triton's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"torch.compile does not work on this machine: {reason}. Install a C and C++ compiler (gcc and g++; another "
+            f"torch.compile does not work on this machine: {lines[0]}. Install a C and C++ compiler (gcc and g++; another "
             "one is named in CC and CXX), or run without --compile"
         ) from error
 
 
 def compile_blocks(model: Flamingo) -> None:
-    """Has each decoder layer, gated block and resampler layer compiled when it is first called.
-
-    Each by itself: what is compiled for the first of a kind serves all of them. Shapes are dynamic from the start, but for sizes of
-    one, which are compiled for once more. Call it after `warm_up_ddp`, whose one row would be compiled for and never seen again.
-    """
+    """Have each decoder layer, gated block and resampler layer compiled when it is first called: what is compiled for the first of a kind
+    serves all of them. Call it after `warm_up_ddp`: sizes of one, as of its one row, are compiled for separately."""
     # By default graphs within DDP's forward are split where its buckets end; blocks are smaller than that.
     torch._dynamo.config.optimize_ddp = False
     # Counted over all kinds of blocks together; beyond it torch goes on without compiling.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
-    blocks = [block for layer in model.decoder_layers for block in layer.children()]
-    blocks += [block for pair in model.perceiver.layers for block in pair.children()]
-    for block in blocks:
-        block.compile(dynamic=True)
+    for layer in (*model.decoder_layers, *model.perceiver.layers):
+        for block in layer.children():
+            block.compile(dynamic=True)

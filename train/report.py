@@ -1,7 +1,5 @@
 """Console, metrics.jsonl, Weights & Biases and TensorBoard, all from rank 0."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

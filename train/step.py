@@ -1,11 +1,9 @@
 """One optimizer update, whole: forward, agreement of the ranks, backward, clipping, step."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import nn
@@ -18,36 +16,28 @@ from open_flamingo.train.parallel import full_tensor, gradient_sync
 from open_flamingo.train.precision import LossScaler, autocast
 
 MAX_GRADIENT_NORM = 1.0
+Normalization = tuple[Sequence[float], Sequence[float]] | None  # mean and std per channel that images still need
 
 
+@dataclass(eq=False)
 class TrainDataset:
-    """One of the datasets: where its batches come from, and what has come since the last log line.
+    """A dataset: where its batches come from, and what has come since the last log line."""
 
-    Args:
-        weight: of its loss.
-        normalization: mean and standard deviation of each channel that images still need, None if they need none.
-    """
+    kind: str
+    weight: float  # of its loss
+    loader: Loader
+    normalization: InitVar[Normalization]
+    device: torch.device
+    dropped: Counter[str] = field(default_factory=Counter)  # on purpose, by reason, since the program started
+    errors: Counter[str] = field(default_factory=Counter)
+    last: Batch | None = None  # whose cursors the next checkpoint stores
 
-    def __init__(
-        self,
-        kind: str,
-        weight: float,
-        loader: Loader,
-        normalization: tuple[Sequence[float], Sequence[float]] | None,
-        device: torch.device,
-    ) -> None:
-        self.kind = kind
-        self.weight = weight
-        self.loader = loader
-        self.device = device
-        self._normalization = normalization and [torch.tensor(v, device=device).view(3, 1, 1) for v in normalization]
-        self.dropped: Counter[str] = Counter()  # on purpose, by reason, since the program started
-        self.errors: Counter[str] = Counter()
-        self.last: Batch | None = None  # whose cursors the next checkpoint stores
+    def __post_init__(self, normalization: Normalization) -> None:
+        self._mean_std = normalization and [torch.tensor(v, device=self.device).view(3, 1, 1) for v in normalization]
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new span of logging."""
+        """Start a new span of logging."""
         self.loss = 0.0  # of all ranks together, summed over `forwards`
         self.forwards = self.samples = 0  # of this rank
         self.seconds_waited = 0.0  # for batches
@@ -65,16 +55,14 @@ class TrainDataset:
     def images(self, batch: Batch) -> torch.Tensor:
         """The images of `batch` as the vision encoder takes them: float32 [B, N, 3, H, W], on the device."""
         images = batch.images.to(self.device, non_blocking=True)
-        if self._normalization is not None:  # sent as bytes, a quarter of the floats
-            mean, std = self._normalization
+        if self._mean_std is not None:  # sent as bytes, a quarter of the floats
+            mean, std = self._mean_std
             images = (images.float() / 255 - mean) / std
         return images
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """What an update works on."""
-
+class Trainer:  # what an update works on
     model: nn.Module  # wrapped by `parallelize`
     optimizer: torch.optim.Optimizer
     datasets: Sequence[TrainDataset]
@@ -85,18 +73,11 @@ class Trainer:
 
 
 def train_step(trainer: Trainer, learning_rate: float, health: Health | None = None) -> torch.Tensor | None:
-    """Trains on `accumulation` batches of each dataset; gradients are averaged over the ranks once, clipped once, applied once.
+    """Train on `accumulation` batches of each dataset; gradients are averaged over the ranks once, clipped once, applied once.
 
-    The loss of a forward pass is the mean over the labeled tokens of all ranks together: each rank's own mean counts by its share
-    of them. So the ranks compute what one rank would of the global batch, to float32 rounding.
-
-    Each backward pass follows its forward, so only one batch's activations are held at a time. A batch whose loss is
-    not finite on any rank is left out on all, and an update whose gradient norm is not finite changes no weight; either
-    counts as done: its samples are behind it, and the schedule has moved on.
-
-    Returns:
-        the global gradient norm before clipping, float32 [], on the device; not finite where the update was skipped;
-        None where every batch was left out
+    The loss of a forward pass is the mean over the labeled tokens of all ranks together. A batch whose loss is not finite on any rank is
+    left out on all, and an update whose gradient norm is not finite changes no weight; either counts as done in data and schedule.
+    Returns the global gradient norm before clipping, float32 [], on the device; None if every batch was left out.
     """
     health = health or Health()  # of this process alone
     model, optimizer, scaler = trainer.model, trainer.optimizer, trainer.scaler
@@ -116,9 +97,10 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
                 agreed = health.agree(dataset.kind, batch, loss)
                 if agreed is None:  # not finite
                     continue
-                (loss * (dataset.weight / trainer.accumulation * agreed.weight) * scale).backward()
+                mean_loss, share = agreed
+                (loss * (dataset.weight / trainer.accumulation * share) * scale).backward()
             backwards, reduced = backwards + 1, is_last
-            dataset.loss += agreed.loss
+            dataset.loss += mean_loss
             dataset.forwards += 1
 
     gradient_norm = None
@@ -140,12 +122,10 @@ def train_step(trainer: Trainer, learning_rate: float, health: Health | None = N
 
 def compute_loss(model: nn.Module, dataset: TrainDataset, batch: Batch) -> torch.Tensor:
     """The unweighted loss of one batch, float32 []."""
-    device = dataset.device
     return model(
         vision_x=dataset.images(batch).unsqueeze(2),  # the reference's frame axis: [B, N, 1, 3, H, W]
-        lang_x=batch.input_ids.to(device, non_blocking=True),
-        # No attention mask: padding is on the right, where causal attention never looks, and the kernels for causal
-        # attention without a mask are the fast ones.
-        labels=labeled_positions(batch.labels, device),  # picked here, without waiting for the device
+        # No attention mask: padding is on the right, where causal attention never looks, and kernels without a mask are the fast ones.
+        lang_x=batch.input_ids.to(dataset.device, non_blocking=True),
+        labels=labeled_positions(batch.labels, dataset.device),  # picked here, without waiting for the device
         image_counts=batch.image_counts,
     ).loss

@@ -1,10 +1,7 @@
-"""Trains an OpenFlamingo-style model on LAION and MMC4 shards. loop.py is the run, from top to bottom.
+"""Train an OpenFlamingo-style model on LAION and MMC4 shards. loop.py is the run, from top to bottom.
 
-Runs as a file (`torchrun ... train/train.py`), as a module (`python -m open_flamingo.train.train`) and as the command
-`open-flamingo-train`.
+Runs as a file (`torchrun ... train/train.py`), a module (`python -m open_flamingo.train.train`) and the command `open-flamingo-train`.
 """
-
-from __future__ import annotations
 
 import sys
 from pathlib import Path

@@ -1,27 +1,27 @@
-"""Hung and dead ranks: which one, since when, and where it was last."""
-
-from __future__ import annotations
+"""Hung, dead and failed ranks: which one, since when, and where it was last."""
 
 import json
 import logging
 import os
+import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch.distributed as dist
 
+from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.distributed import TORCHRUN, World
+from open_flamingo.train.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-class _Report(NamedTuple):
-    """What a rank lets the others know of itself."""
-
+class _Report(NamedTuple):  # of a rank, to the others
     beat: int  # grows while the process lives
     progress: int  # phases begun, the same on all ranks that are equally far
     phase: str
@@ -30,8 +30,8 @@ class _Report(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process when it has been in one phase for longer than `timeout` seconds (`startup_timeout` before the first update is
-    done), and says which rank is behind.
+    """Within this `with`, this process ends after an error, and when it has been in one phase for longer than `timeout` seconds
+    (`startup_timeout` before the first update is done); of several ranks, the one to blame is named.
 
     One thread exchanges heartbeats through the store in which the ranks have met; another watches the time, as the store may not
     answer. The second also sees when the torchrun above has died, and then asks for a stop, as a SIGTERM does.
@@ -39,30 +39,45 @@ class Watchdog:
 
     def __init__(self, world: World, timeout: float, startup_timeout: float) -> None:
         self._world = world
-        self._timeout = timeout
-        self._limit: float | None = startup_timeout
-        self._default_limit = startup_timeout
+        self._timeout, self._default_limit = timeout, startup_timeout
         self._interval = min(1.0, timeout / 10)
-        self._progress, self._phase, self._since = 0, "the start", time.monotonic()
+        self._progress = 0
+        self.set_phase("the start")
         self._rank_0: _Report | None = None  # the last from the rank that keeps the store
-        self._store = world.store.clone() if world.store is not None and world.world_size > 1 else None
+        self._store: Any = world.store.clone() if world.store is not None and world.world_size > 1 else None
         self._over, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._verdict: str | None = None
         self._heard = time.monotonic()  # from the store
         self._parent = os.getppid()
         self.before_exit: Callable[[], None] = lambda: None  # called where the process is about to end with an error
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         for loop in (self._heartbeat, self._watch) if self._store is not None else (self._watch,):
             threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """After an error, a rank of several says why, or which rank is to blame, and exits at once: NCCL takes a process group down with
+        all ranks together, which may be waiting for each other, and nobody would read of the error or see the exit code."""
+        if error is not None:
+            self.set_phase("ending after an error", limited=False)
+            if self._world.world_size > 1:
+                # torchrun ends all ranks as soon as the first has ended: let this one finish.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                # What a collective raises when another rank has died.
+                failed = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.IGNORECASE)
+                blamed = self.diagnose() if failed or isinstance(error, dist.DistError) else None
+                is_explained = blamed or isinstance(error, (UserError, DataError))
+                log.error("%s", blamed or error, exc_info=None if is_explained else error)
+            self.before_exit()
+            if self._world.world_size > 1:
+                sys.stdout.flush()
+                os._exit(1)
         self._over.set()
 
     def set_phase(self, phase: str, limited: bool = True) -> None:
-        """The run has come to `phase`. All ranks call this in the same places. What is not `limited` may take any time, such as writing
-        a checkpoint: a line is logged each minute."""
+        """The run has come to `phase`; all ranks call this in the same places. What is not `limited` (saving) may take any time: a line is
+        logged each minute."""
         self._progress, self._phase, self._since = self._progress + 1, phase, time.monotonic()
         self._limit = self._default_limit if limited else None
 
@@ -89,7 +104,6 @@ class Watchdog:
                 os._exit(1)
 
     def _heartbeat(self) -> None:
-        assert self._store is not None
         beat, has_asked = 0, False
         try:
             while not self._over.wait(self._interval if beat else 0):
@@ -100,10 +114,9 @@ class Watchdog:
                 self._heard = time.monotonic()
                 if not self._asked.is_set() or self._answered.is_set():
                     continue
-                if not has_asked:  # the first rank that asks compares, and tells the others
-                    has_asked = True
-                    if self._store.add("health/asked", 1) == 1:
-                        self._store.set("health/verdict", self._compare())
+                if not has_asked and self._store.add("health/asked", 1) == 1:
+                    self._store.set("health/verdict", self._compare())  # the first that asks does it for all
+                has_asked = True
                 if self._store.check(["health/verdict"]):
                     self._verdict = self._store.get("health/verdict").decode()
                     self._answered.set()
@@ -137,7 +150,6 @@ class Watchdog:
         return " ".join(_describe(rank, "is behind", now[rank]) for rank in behind if len(behind) < len(now))
 
     def _read(self) -> dict[int, _Report]:
-        assert self._store is not None
         ranks = [rank for rank in range(self._world.world_size) if self._store.check([f"health/{rank}"])]
         return {rank: _Report(*json.loads(self._store.get(f"health/{rank}"))) for rank in ranks}
 
@@ -146,9 +158,3 @@ def _describe(rank: int, what: str, report: _Report | None) -> str:
     if report is None:
         return f"Rank {rank} {what}: it never reported."
     return f"Rank {rank} ({report.host}, pid {report.pid}) {what}; last reported at {report.phase}."
-
-
-def is_communication_error(error: BaseException) -> bool:
-    """Whether a collective failed, as it does when another rank has died."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text))

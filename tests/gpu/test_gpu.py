@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_flamingo.loss import labeled_positions
 from open_flamingo.train.checkpoint import files as checkpoints
-from open_flamingo.train.distributed import GroupOptions, detect_launcher, distributed
+from open_flamingo.train.distributed import detect_launcher, distributed
 from open_flamingo.train.health import Health
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import parallelize
@@ -69,7 +69,7 @@ def test_one_rank_of_ddp_computes_what_one_process_does(device: torch.device) ->
     losses = []
     for wrapped in (False, True):
         model = families.flamingo(families.language_model("mpt", tied=True)).train()
-        with distributed(detect_launcher(), GroupOptions(group_of_one=True)) as world:
+        with distributed(detect_launcher(), group_of_one=True) as world:
             parallel = parallelize(model, world)
             if wrapped:  # `parallelize` wraps nothing where there is one process
                 parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)

@@ -1,7 +1,5 @@
 """Bytes of a stranger's image → a Pillow image, of the kinds that are found on the web. The MMC4 converter imports it: no torch."""
 
-from __future__ import annotations
-
 import io
 
 from PIL import Image

@@ -4,8 +4,6 @@ The reference decodes with Pillow, resizes the shorter side (bicubic, antialiase
 decoded by libjpeg-turbo, torch resizes the bytes, and normalizing is left to the training step, on the device.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Which tokens count in the loss. B batch, T text tokens."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

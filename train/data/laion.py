@@ -1,7 +1,5 @@
 """LAION: one image and its caption."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from open_flamingo.train.data.images import ImagePreparer

@@ -5,8 +5,6 @@ n raw samples of its k-th shard have left the buffer. All that is random about t
 lane, k, n), so the cursor is the whole state.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator

@@ -5,8 +5,6 @@ workers), which is worker p ÷ ranks of rank p mod ranks. As ranks × workers di
 workers divides the batch, each has an equal part of every batch.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import queue
@@ -14,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -111,7 +109,7 @@ class Loader(Iterator[Batch]):
         for worker in self._workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

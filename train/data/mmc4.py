@@ -3,8 +3,6 @@
 Everything that can reject a document or an image is decided before any pixel is decoded.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Which data, how it is read, and how it is divided among ranks and loader processes."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What flows through the loader, and the two ways a sample can fail to."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -75,7 +73,7 @@ class Counts:
             text += f", for example {self._examples[self.errors.most_common(1)[0][0]]}"
         return text
 
-    def take(self) -> Counts:
+    def take(self) -> "Counts":
         """The counts since the last `take`."""
         taken = Counts(self.dropped, self.errors)
         self.dropped, self.errors = Counter(), Counter()

@@ -3,8 +3,6 @@
 Only the standard library and braceexpand are imported: this runs before anything heavy is loaded.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 import hashlib

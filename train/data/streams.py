@@ -1,7 +1,5 @@
 """A shard's URL → its bytes, decompressed. What stalls or fails is an OSError or EOFError."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

@@ -3,8 +3,6 @@
 No member is ever written to disk, so names mean nothing but keys; links, devices and folders are passed over.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import tarfile
@@ -13,7 +11,7 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 from operator import itemgetter
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from open_flamingo.train.data.samples import Counts, RawSample, SampleError
 from open_flamingo.train.data.shards import local_path
@@ -56,7 +54,7 @@ class Header(tarfile.TarInfo):
         except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"not a tar header: {error}; it begins with {bytes(block[:40])!r}") from error
 
-    def _checked(self) -> Header:
+    def _checked(self) -> Self:
         if not 0 <= self.size <= (MAX_HEADER if self.type in EXTENDED else MAX_FILE):
             raise tarfile.ReadError(f"{self.name!r} has a size of {self.size}")
         if self.issparse():

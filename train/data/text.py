@@ -5,8 +5,6 @@ A text is given as its parts: what stands before the first image, then what foll
     a <image> b <|endofchunk|> <image> c <|endofchunk|> {eos}
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import Any
 

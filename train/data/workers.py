@@ -1,7 +1,5 @@
 """Loader processes: each prepares its part of every batch, and sends it through a pipe of its own."""
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import multiprocessing
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -41,7 +39,7 @@ class LoaderState:
         return {"samples": self.samples, "cursors": [[lane, *cursor] for lane, cursor in sorted(self.cursors.items())]}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LoaderState:
+    def from_json(cls, data: dict[str, Any]) -> Self:
         return cls(int(data["samples"]), {int(lane): (int(k), int(n)) for lane, k, n in data["cursors"]})
 
 
