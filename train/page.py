@@ -4,7 +4,9 @@ import argparse
 import base64
 import html
 import json
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ class Charts:
             height=330,
         )
         plot = figure.to_html(
-            full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
+            full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False}
         )
         self.html.append(f"<figure><figcaption>{html.escape(title)}</figcaption>{plot}</figure>")
 
@@ -150,17 +152,21 @@ class Charts:
 
         figure = go.Figure()
         for run in self.runs:
-            counts: dict[str, int] = {}
-            for name, value in (run.lines[-1] if run.lines else {}).items():
-                what, _, kind = name.rpartition("_")
-                if what in ("dropped", "errors"):
-                    counts |= {f"{kind}: {reason}{' (broken)' * (what == 'errors')}": n for reason, n in value.items()}
-                elif what == "bad_batches" and value:
-                    counts[f"{kind}: batches with a loss that is not finite"] = value
+            counts: Counter[str] = Counter()
+            ends = [start["step"] for start in run.starts[1:]] + [math.inf]
+            for end in ends:  # a line counts from the start before it
+                last = next((line for line in reversed(run.lines) if line["step"] <= end), {})
+                for name, value in last.items():
+                    what, _, kind = name.rpartition("_")
+                    if what in ("dropped", "errors"):
+                        broken = " (broken)" * (what == "errors")
+                        counts.update({f"{kind}: {reason}{broken}": n for reason, n in value.items()})
+                    elif what == "bad_batches" and value:
+                        counts[f"{kind}: batches with a loss that is not finite"] += value
             if counts:
                 figure.add_bar(x=list(counts.values()), y=list(counts), orientation="h", name=run.name)
         if figure.data:
-            figure.update_xaxes(title_text="samples, since the last start")
+            figure.update_xaxes(title_text="samples, of all ranks")
             self.add("Left out of the data", figure)
 
 
@@ -266,7 +272,7 @@ def page(runs: Sequence[Run]) -> str:
         last = run.lines[-1] if run.lines else {}
         restarts = max(0, len(run.starts) - 1)
         facts.append(
-            f"{html.escape(run.name)}: {last.get('step', 0):,} updates, epoch {last.get('epoch', 0):.2f}, started again {restarts} times"
+            f"{html.escape(run.name)}: {last.get('step', 0):,} updates, epoch {last.get('epoch', 0):.2f}, restarts: {restarts}"
         )
     return (
         f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
