@@ -21,6 +21,7 @@ from open_flamingo.train.optimizer import clipping
 from open_flamingo.train.parallel import check_compiler, compile_blocks
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights
 from open_flamingo.train.train import main
+from open_flamingo.train.validation import Validator
 from tests.conftest import AT_LENGTH
 from tests.families import IMAGE, flamingo, images, language_model, text
 from tests.precision_ranks import RUNS
@@ -37,7 +38,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line[name] for line in metrics(folder) for name in ("loss_laion", "loss_mmc4")]
+    return [line[name] for line in metrics(folder) for name in ("loss_laion", "loss_mmc4") if name in line]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,14 +279,33 @@ def test_blocks_are_compiled_once_for_any_length_and_number_of_images(monkeypatc
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_run_is_the_same_run(
-    flags_of_module: list[str], float32_losses: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags_of_module: list[str],
+    float32_losses: list[float],
+    shards: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The real program; at length, the real compiler. Otherwise that compiles only what tries whether it can."""
+    """The real program; at length, the real compiler. Otherwise that compiles only what tries whether it can. Validation compiles
+    nothing."""
     if not AT_LENGTH:
         compile_module = nn.Module.compile
         quickly = lambda self, **options: compile_module(self, backend="aot_eager", **options)  # noqa: E731
         monkeypatch.setattr(nn.Module, "compile", quickly)
-    main([*flags_of_module, f"--run_name={tmp_path}", "--compile"])
+    validation = [f"--val_laion_shards={shards['laion']}", "--val_samples=4", "--val_captions=1", "--val_steps=100"]
+    compiled = []
+    run_validation = Validator.run
+
+    def run(self: Validator, *args: Any) -> Any:
+        compiled.append(counters["stats"]["unique_graphs"])
+        result = run_validation(self, *args)
+        compiled.append(counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr(Validator, "run", run)
+    main([*flags_of_module, *validation, f"--run_name={tmp_path}", "--compile"])
+    before_first, after_first, before_last, after_last = compiled
+    assert before_first == after_first
+    assert before_last == after_last > after_first
     assert losses(tmp_path) == pytest.approx(float32_losses, abs=2e-5)
     assert counters["stats"]["unique_graphs"] >= 4
     assert not counters["graph_break"]

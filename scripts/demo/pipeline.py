@@ -234,6 +234,9 @@ def report(folder: Path, scale: Scale, checkpoint: Path) -> None:
     sheet = folder / "captions.html"
     write_sheet(sheet, "Held-out images, captioned", numbers, list(zip(images, scenes, texts, strict=True))[:48])
     print(f"\nCheckpoint  {show(str(checkpoint))}\nImages      {show(str(sheet))}  (open it in a browser)")
+    print(
+        f"Report      {show(str(checkpoint.parent / 'report.html'))}  (losses, the worth of the image, captions over time)"
+    )
 
 
 if __name__ == "__main__":
