@@ -23,6 +23,7 @@ only_at_length = pytest.mark.skipif(not AT_LENGTH, reason="only at length: OPEN_
 SLOW_FIXTURES = {"results", "undisturbed", "slurm"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the mark in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and SLOW_FIXTURES & set(item.fixturenames):
