@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from open_flamingo.train.checkpoint.files import load
 from open_flamingo.train.data.samples import Sample
 from open_flamingo.train.train import main
-from open_flamingo.train.validation import groups_of, with_blank_images, with_images_of_next
+from open_flamingo.train.validation import Validator, groups_of, with_blank_images, with_images_of_next
 from tests.ranks import run_ranks
 from tests.shards import write_laion, write_mmc4, write_tar
 from tests.test_train import metrics
@@ -65,16 +67,27 @@ def test_figures_are_the_same_on_any_number_of_ranks_and_strategy(
     assert [line["step"] for line in said] == [0, 0, 0, 4, 4, 4, 8, 8, 8]
     assert said[0]["data"] == "a blue tree, number 0"
 
-    for ranks, more in ((2, []), (2, ["--fsdp"]), (4, ["--fsdp"])):
-        run = tmp_path / f"{ranks}{''.join(more)}"
+    for more in ([], ["--fsdp"]):
+        run = tmp_path / f"2{''.join(more)}"
         command = [*flags, *held_out, f"--run_name={run}", "--num_epochs=1", *more]
-        command += [f"--batch_size_laion={4 // ranks}", "--batch_size_mmc4=1"]
-        if ranks == 4:  # an update sees more documents: what is the same are the figures before the first
-            command += ["--train_num_samples_mmc4=16"]
-        finished(run_ranks(ranks, ROOT / "train" / "train.py", *command))
-        for line, reference in list(zip(figures(run), expected, strict=False))[: 1 if ranks == 4 else 2]:
-            assert line == pytest.approx(reference, rel=1e-6, abs=1e-6), (ranks, more)
+        finished(run_ranks(2, ROOT / "train" / "train.py", *command, "--batch_size_laion=2", "--batch_size_mmc4=1"))
+        for line, reference in zip(figures(run), expected[:2], strict=True):
+            assert line == pytest.approx(reference, rel=1e-6, abs=1e-6), more
         assert captions(run)[:3] == said[:3]
+
+    # On four ranks an update sees more documents: what is the same is the validation of the model that they begin with.
+    for more in ([], ["--fsdp", "--fsdp_sharding_strategy=hybrid", "--fsdp_shard_size=2"]):
+        run = tmp_path / f"4{''.join(more)}"
+        command = [*flags, *held_out, f"--run_name={run}", f"--resume_from_checkpoint={one / 'checkpoint_0.pt'}", *more]
+        command += [
+            "--batch_size_laion=1",
+            "--batch_size_mmc4=1",
+            "--train_num_samples_laion=4",
+            "--train_num_samples_mmc4=4",
+        ]
+        finished(run_ranks(4, ROOT / "train" / "train.py", *command))
+        assert figures(run)[0] == pytest.approx(expected[1], rel=1e-6, abs=1e-6), more
+        assert captions(run)[:3] == said[3:6]
 
 
 def test_training_is_not_touched(flags: list[str], held_out: list[str], tmp_path: Path) -> None:
@@ -90,6 +103,52 @@ def test_a_resumed_run_validates_what_it_has_not(flags: list[str], held_out: lis
     main([*flags, *held_out, f"--run_name={tmp_path}", "--num_epochs=2"])
     assert [line["step"] for line in validations(tmp_path)] == [0, 4, 8]
     assert [line["step"] for line in captions(tmp_path)] == [0, 0, 0, 4, 4, 4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("how", ["signal", "error"])
+def test_a_run_that_ends_while_validating_has_saved_and_validates_when_it_goes_on(
+    how: str, flags: list[str], held_out: list[str], tmp_path: Path
+) -> None:
+    losses = Validator._losses
+
+    def disturbed(self: Validator, *args: Any) -> Any:
+        if (tmp_path / "checkpoint_0.pt").exists() or len(validations(tmp_path)) == 1:
+            if how == "error":
+                raise RuntimeError("out of memory, say")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, *args)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Validator, "_losses", disturbed)
+        with pytest.raises((SystemExit, RuntimeError)) as ended:
+            main([*flags, *held_out, f"--run_name={tmp_path}"])
+    assert how == "error" or ended.value.code == 75
+    assert [line["step"] for line in validations(tmp_path)] == [0]
+    main([*flags, *held_out, f"--run_name={tmp_path}"])
+    assert [line["step"] for line in validations(tmp_path)] == [0, 4, 8]
+    assert [line["step"] for line in metrics(tmp_path) if "epoch" in line] == list(range(1, 9))
+
+
+def test_a_run_that_begins_anew_validates_anew(flags: list[str], held_out: list[str], tmp_path: Path) -> None:
+    main([*flags, *held_out, f"--run_name={tmp_path}", "--num_epochs=1"])
+    (tmp_path / "checkpoint_0.pt").unlink()
+    main([*flags, *held_out, f"--run_name={tmp_path}", "--num_epochs=1", "--val_captions=2"])
+    assert [line["step"] for line in validations(tmp_path)] == [0, 4]
+    assert [line["step"] for line in captions(tmp_path)] == [0, 0, 4, 4]
+
+
+def test_sharded_training_is_not_touched(flags: list[str], held_out: list[str], tmp_path: Path) -> None:
+    for run, more in (("without", []), ("with", [*held_out, "--val_steps=1"])):
+        command = [
+            *flags,
+            *more,
+            "--fsdp",
+            "--num_epochs=1",
+            "--gradient_accumulation_steps=2",
+            f"--run_name={tmp_path / run}",
+        ]
+        finished(run_ranks(2, ROOT / "train" / "train.py", *command, "--batch_size_laion=2", "--batch_size_mmc4=1"))
+    assert_same(*(load(tmp_path / run / "checkpoint_0.pt") for run in ("without", "with")))
 
 
 def test_a_broken_validation_set_is_told_and_ends_nothing(

@@ -131,7 +131,8 @@ def _add_model_and_data_flags(parser: argparse.ArgumentParser) -> None:
         help="when local shards of a pattern do not exist: warn and train on the others while at least 90 %% exist, or stop")
     add("--val_laion_shards", help="held-out image-caption shards: validate on the first --val_samples that can be used")
     add("--val_mmc4_shards", help="held-out interleaved-document shards")
-    add("--val_samples", type=positive_int, default=512, help="of each dataset, all ranks together, held in memory")
+    add("--val_samples", type=positive_int, default=512,
+        help="how many of each dataset, over all ranks; they stay in host memory")
     add("--val_steps", type=non_negative_int, default=0,
         help="validate every N updates, and before the first and after the last. 0: at each epoch's end instead")
     add("--val_captions", type=non_negative_int, default=8, help="held-out images that are captioned at each validation")
@@ -265,9 +266,13 @@ def check_flags(args: argparse.Namespace) -> None:
     rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
     for kind in kinds if rank == "0" else ():  # other ranks get the list from rank 0
         check_shards(f"--{kind}_shards", getattr(args, f"{kind}_shards"), args.missing_shards)
-    for kind in ("laion", "mmc4") if rank == "0" else ():
-        if (spec := getattr(args, f"val_{kind}_shards")) is not None:
-            check_shards(f"--val_{kind}_shards", spec, "stop")
+    val_shards = {
+        flag: spec for flag in ("val_laion_shards", "val_mmc4_shards") if (spec := getattr(args, flag)) is not None
+    }
+    for flag, spec in val_shards.items() if rank == "0" else ():
+        check_shards(f"--{flag}", spec, "stop")
+    if args.val_steps and not val_shards:
+        raise ValueError("--val_steps needs --val_laion_shards, --val_mmc4_shards or both")
     if len(kinds) == 2:
         check_epoch_lengths(
             *(args.train_num_samples_laion, args.batch_size_laion, args.train_num_samples_mmc4, args.batch_size_mmc4)

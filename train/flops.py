@@ -5,6 +5,7 @@ counted; nor are elementwise operations.
 """
 
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -140,4 +141,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if "MIG" in name or ("V100" in name and precision != "fp16"):
+        return None
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -113,6 +113,11 @@ class Health:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         return total_loss / max(1.0, total_labels), labels * ranks / max(1.0, total_labels)
 
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has asked any rank to stop, outside of an update. All ranks must call this."""
+        self.stop = next((name for name in gather_objects(self._signals.received) if name is not None), self.stop)
+        return self.stop is not None
+
     def end(self, norm: torch.Tensor | None, overflow_is_normal: bool = False) -> None:
         """The update is done: its gradient norm, on the device; None if all its parts were left out. `overflow_is_normal`: fp16 finds its
         scale by overflowing; only a long row of that is bad."""

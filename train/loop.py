@@ -124,7 +124,9 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
     # ---------------------------------------------------------------- loop
     began = logged = time.perf_counter()
     with signals, closing(checkpoints):
-        if validator is not None and not run_on_rank0(reporter.has_validated):
+        # Also where a run was stopped after the save that it goes on from, and before the validation that was due there.
+        was_due = itstime(first_step, args.val_steps) or not (args.val_steps or progress.samples)
+        if validator is not None and not run_on_rank0(reporter.has_validated, first_step if was_due else None):
             seconds = validate(validator, health, reporter, first_step)
             began, logged = began + seconds, logged + seconds
         while progress.step < last_step:
@@ -149,13 +151,15 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
             ends = step == last_step or health.stop is not None or health.consecutive_bad_steps >= args.max_bad_steps
             if ends:
                 health.flush()
-            is_due = itstime(step, args.val_steps) or step == last_step or not (args.val_steps or progress.samples)
-            if validator is not None and is_due and health.stop is None:
-                seconds = validate(validator, health, reporter, step)
-                began, logged = began + seconds, logged + seconds
             if ends or itstime(step, args.save_steps) or not progress.samples:  # no samples: an epoch's end
                 checkpoints.save(progress)
-            if ends:
+            is_due = itstime(step, args.val_steps) or step == last_step or not (args.val_steps or progress.samples)
+            if validator is not None and is_due and (health.stop is None or step == last_step):
+                seconds = validate(validator, health, reporter, step)
+                began, logged = began + seconds, logged + seconds
+            if ends or health.stop is not None:
+                if not ends:  # a signal that came while validating
+                    checkpoints.save(progress)
                 break
         watchdog.set_phase("finishing the last checkpoint and the log", limited=False)
         checkpoints.finish()
@@ -165,7 +169,8 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
     with raise_on_all_ranks():  # launchers end all ranks when the first has ended: let rank 0 finish its writing
         reporter.close()
         for dataset in trainer.datasets:
-            dataset.loader.close()
+            if dataset.loader is not None:
+                dataset.loader.close()
     return outcome(args, health, checkpoints, step, last_step)
 
 
@@ -187,11 +192,17 @@ def outcome(args: Namespace, health: Health, checkpoints: Checkpoints, step: int
 
 
 def validate(validator: Validator, health: Health, reporter: Reporter, step: int) -> float:
-    """Validates and reports it. Returns the seconds that it took, which are no part of any rate of training."""
+    """Validate and report it, unless a signal asks for a stop. Returns the seconds that it took, which are no part of training's."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the last update is training's
     began = time.perf_counter()
-    figures, captions = validator.run(health.set_phase)
-    figures["seconds_validating"] = time.perf_counter() - began
-    reporter.log_validation(step, figures, captions)
+    health.begin(step)
+    result = validator.run(health)
+    if result is not None:
+        figures, captions = result
+        reporter.log_validation(step, figures | {"seconds_validating": time.perf_counter() - began}, captions)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     return time.perf_counter() - began
 
 

@@ -30,6 +30,7 @@ def measure(state: TrainState, health: Health, gradient_norm: torch.Tensor | Non
             "left out": {dataset.kind: (dataset.dropped, dataset.errors) for dataset in datasets},
             "work": [sum(column) for column in zip(*(dataset.work for dataset in datasets), strict=True)],
             "positions": sum(dataset.positions for dataset in datasets),
+            "slowest": max(trainer.seconds),
         }
     )
     values = _read_device(state, gradient_norm)
@@ -53,7 +54,7 @@ def measure(state: TrainState, health: Health, gradient_norm: torch.Tensor | Non
             values["mfu"] = flops / peak
     values["memory_gb"] = max(rank["memory"] for rank in ranks) / 1e9
     values["step_seconds_median"] = statistics.median(trainer.seconds)
-    values["step_seconds_slowest"] = max(trainer.seconds)
+    values["step_seconds_slowest"] = max(rank["slowest"] for rank in ranks)
     trainer.clipped, trainer.seconds = 0.0, []
     if trainer.scaler is not None:
         scaling = trainer.scaler.state_dict()
@@ -96,56 +97,59 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class Concerns:
-    """What is off in the figures of a run, in words, with what to try; each is told once.
-
-    Args:
-        step: updates done before this process.
-    """
+    """What is off in the figures of a run, in words, with what to try; each is told once. `step`: updates done before this process."""
 
     def __init__(self, step: int) -> None:
-        self._first = self._last = step
-        self._clipped = 0.0  # updates
+        self._last = step
+        self._lines = 0
+        self._counted = 0  # updates since the first log line, which has the start in it
+        self._shares: Counter[str] = Counter()  # of these, summed
         self._told: set[str] = set()
 
     def find(self, step: int, values: Mapping[str, Any]) -> list[str]:
         """`values`: of a log line or a validation after update `step`."""
-        found: dict[str, str] = {}
-        gains = [name for name in values if name.startswith("image_gain_")]
-        if gains and step >= 1000 and all((values[name] or 0.0) < 0.01 for name in gains):
-            found["image gain"] = (
-                f"after {step:,} updates the model hardly looks at its images: with those of other samples its loss is as good. Try a "
-                "higher --learning_rate, a smaller --cross_attn_every_n_layers, or captions that say what is to be seen"
-            )
-        if "data_wait" in values:
-            found |= self._of_log_line(step, values)
+        found = self._of_log_line(step, values) if "data_wait" in values else {}
+        for name, gain in values.items():
+            if name.startswith("image_gain_") and gain is not None and step >= 1000 and gain < 0.01:
+                found[name] = (
+                    f"after {step:,} updates the model hardly looks at its images: on {name[11:]} its loss is only {gain:.4f} higher with "
+                    "those of other samples. Try a higher --learning_rate, a smaller --cross_attn_every_n_layers, or captions that say "
+                    "what is to be seen"
+                )
         new = [text for name, text in found.items() if name not in self._told]
         self._told |= found.keys()
         return new
 
     def _of_log_line(self, step: int, values: Mapping[str, Any]) -> dict[str, str]:
         found: dict[str, str] = {}
-        self._clipped += values["clipped"] * (step - self._last)
-        self._last, updates = step, step - self._first
-        if updates >= 100 and self._clipped > 0.99 * updates:
+        span, self._last, self._lines = step - self._last, step, self._lines + 1
+        if self._lines > 1:
+            self._counted += span
+            self._shares.update({name: values[name] * span for name in ("clipped", "data_wait", "padding")})
+        shares = {name: total / max(1, self._counted) for name, total in self._shares.items()}
+        if self._counted >= 100 and shares["clipped"] > 0.99:
             found["clipping"] = (
-                f"the gradient was clipped in {self._clipped / updates:.1%} of {updates:,} updates: its norm, not --learning_rate, says "
+                f"the gradient was clipped in {shares['clipped']:.1%} of {self._counted:,} updates: its norm, not --learning_rate, says "
                 "how far they go. Try a longer warm-up, or larger batches"
+            )
+        if self._counted >= 20 and shares["data_wait"] > 0.1:
+            found["data wait"] = (
+                f"{shares['data_wait']:.0%} of the time is spent waiting for data: more --workers, or faster storage, would help"
+            )
+        if self._counted >= 20 and shares["padding"] > 0.5:
+            found["padding"] = (
+                f"{shares['padding']:.0%} of all tokens are padding: texts differ much in length; smaller batches with more "
+                "--gradient_accumulation_steps have less of it"
             )
         if step >= 1000 and values["gate_attention"] < 0.01:
             found["gates"] = (
                 f"after {step:,} updates the gates of cross-attention are all but shut (mean |tanh| {values['gate_attention']:.4f}): "
                 "images change nothing that the language model computes. Try a higher --learning_rate, or a shorter warm-up"
             )
-        if updates >= 20 and values["data_wait"] > 0.1:
-            found["data wait"] = (
-                f"{values['data_wait']:.0%} of the time is spent waiting for data: more --workers, or faster storage, would help"
-            )
-        if updates >= 20 and values["padding"] > 0.5:
-            found["padding"] = (
-                f"{values['padding']:.0%} of all tokens are padding: texts differ much in length; smaller batches with more "
-                "--gradient_accumulation_steps have less of it"
-            )
         for name, norm in values.items():
-            if updates >= 20 and name.startswith("grad_norm_") and norm == 0:
-                found[name] = f"the gradient of the {name[10:].replace('_', ' ')} is 0: it does not learn"
+            if self._counted >= 20 and name.startswith("grad_norm_") and norm == 0:
+                found[name] = (
+                    f"the gradient of the {name[10:].replace('_', ' ')} is 0, so it does not learn: is --learning_rate, or a "
+                    "--loss_multiplier, 0?"
+                )
         return found

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import hashlib
 import html
 import json
 import math
@@ -52,7 +53,17 @@ class Run:
             for name in (CAPTIONS, STARTS)
         )
         parsed = (list(_parse(of)) for of in (lines, validations, captions, starts))
-        return cls(folder.resolve().name, folder, *parsed)
+        run = cls(folder.resolve().name, folder, *parsed)
+        # A start that went back takes the place of those after it.
+        run.starts = [
+            start for i, start in enumerate(run.starts) if all(start["step"] < s["step"] for s in run.starts[i + 1 :])
+        ]
+        return run
+
+
+def image_path(folder: Path, key: str) -> Path:
+    """Where a run keeps the image of the validation sample `key`."""
+    return folder / IMAGES / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jpg"
 
 
 def _parse(lines: list[bytes]) -> Iterator[dict[str, Any]]:
@@ -178,8 +189,10 @@ def _charts(runs: Sequence[Run]) -> list[str]:
     charts = Charts(runs)
     charts.curves("Training loss", "lines", {kind: get(f"loss_{kind}") for kind in kinds}, "nats per token", raw=True)
     charts.curves("Held-out loss", "validations", {kind: get(f"val_loss_{kind}") for kind in kinds}, "nats per token")
-    gains = {f"{kind}, beside another image": get(f"image_gain_{kind}") for kind in kinds}
-    gains |= {f"{kind}, beside a gray image": get(f"blank_gain_{kind}") for kind in kinds}
+    gains = {
+        f"{kind}: loss with another sample's image less that with its own": get(f"image_gain_{kind}") for kind in kinds
+    }
+    gains |= {f"{kind}: with a gray image less that": get(f"blank_gain_{kind}") for kind in kinds}
     charts.curves("The worth of the image (image gain)", "validations", gains, "nats per token")
     by_image = {f"after image {k}": get(f"val_loss_mmc4_image_{k}") for k in range(1, 17)}
     charts.curves("Held-out loss of text by the number of images before it", "validations", by_image, "nats per token")
@@ -238,8 +251,8 @@ def _captions(run: Run) -> str:
     chosen = [*chosen[:-1], steps[-1]] if steps else []
     said = {(line["key"], line["step"]): line["model"] for line in run.captions}
     rows = []
-    for number, key in enumerate(dict.fromkeys(line["key"] for line in run.captions)):
-        image = run.folder / IMAGES / f"{number}.jpg"
+    for key in dict.fromkeys(line["key"] for line in run.captions if line["step"] == steps[-1]):
+        image = image_path(run.folder, key)
         shown = ""
         if image.is_file():
             shown = f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(image.read_bytes()).decode()}'>"
@@ -266,6 +279,9 @@ def page(runs: Sequence[Run]) -> str:
     """The page, whole."""
     from plotly.offline import get_plotlyjs
 
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.folder)
     title = html.escape(", ".join(run.name for run in runs))
     facts = []
     for run in runs:
@@ -296,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         write_page(args.runs, args.output)
+    except ImportError as error:
+        sys.exit(f"error: {error}. pip install open-flamingo[training] installs what is missing")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {args.output}")

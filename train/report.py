@@ -8,7 +8,7 @@ import secrets
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from open_flamingo.train.atomic import atomic_write
 from open_flamingo.train.checkpoint.resume import TrainState
 from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.metrics import Concerns
-from open_flamingo.train.page import CAPTIONS, IMAGES, METRICS, PAGE, STARTS, write_page
+from open_flamingo.train.page import CAPTIONS, IMAGES, METRICS, PAGE, STARTS, image_path, write_page
 from open_flamingo.train.validation import Caption
 
 log = logging.getLogger(__name__)
@@ -91,10 +91,14 @@ class Reporter:
         folder = Path(args.run_name)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._places["metrics.jsonl"] = _lines_file(folder / METRICS, step)
+        # A run that begins anew in this folder has nothing of one that ended before its first checkpoint.
+        kept = step if step > 0 else -1
+        self._places["metrics.jsonl"] = _lines_file(folder / METRICS, kept)
+        self._places["captions.jsonl"] = _lines_file(folder / CAPTIONS, kept)
         with (folder / STARTS).open("a", encoding="utf-8") as file:
             time = datetime.now().astimezone().isoformat(" ", "seconds")
             file.write(json.dumps({"step": step, "time": time, "flags": vars(args)}) + "\n")
+        self._lines_logged = 0
         self._has_page = (folder / PAGE).exists()
         if args.report_to_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -108,10 +112,15 @@ class Reporter:
         self._places["the progress bar"] = bar
 
     def _call(self, place: str, method: str, *args: Any, **options: Any) -> None:
-        """Calls a method of a place, where it is reported to. Failures are logged, never raised."""
+        """Calls a method of a place, where it is reported to."""
+        if place in self._places:
+            self._try(place, getattr(self._places[place], method), *args, **options)
+
+    @staticmethod
+    def _try(place: str, write: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Failures of reporting are logged, never raised."""
         try:
-            if place in self._places:
-                getattr(self._places[place], method)(*args, **options)
+            write(*args, **options)
         except Exception as error:
             log.warning("%s cannot be written to: %s: %s", place, type(error).__name__, error)
 
@@ -123,6 +132,7 @@ class Reporter:
         """One log line of `values` (numbers, or counts by reason), and the same to every other place."""
         if not self._places:
             return
+        self._lines_logged += 1
         line = {"step": step, **values}
         self._call("metrics.jsonl", "write", json.dumps(line).encode() + b"\n")
         progress, left_out = _describe(values)
@@ -139,9 +149,10 @@ class Reporter:
             self._call("TensorBoard", "add_scalar", name, value, step)
         self._call("W&B", "log", numbers)
 
-    def has_validated(self) -> bool:
-        """Whether the lines of `METRICS` that are still true have a validation. On rank 0 alone."""
-        return '"seconds_validating"' in (self._folder / METRICS).read_text()
+    def has_validated(self, step: int | None) -> bool:
+        """Whether the lines of `METRICS` have a validation: any, or the one after update `step`. On rank 0 alone."""
+        lines = [line for line in (self._folder / METRICS).read_bytes().splitlines() if b'"seconds_validating"' in line]
+        return any(step is None or json.loads(line)["step"] == step for line in lines)
 
     def log_validation(self, step: int, figures: Mapping[str, float | None], captions: Sequence[Caption]) -> None:
         """Figures as any others; captions to `CAPTIONS`, and with their images to W&B and TensorBoard."""
@@ -158,20 +169,21 @@ class Reporter:
             self._call("TensorBoard", "add_scalar", name, value, step)
         self._call("W&B", "log", {"step": step, **numbers})
         self._has_page = True
-        if captions:
-            self._log_captions(step, captions)
-        self._write_page()
+        self._try("captions", self._log_captions, step, captions)
+        self._try(PAGE, write_page, [self._folder], self._folder / PAGE)
 
     def _log_captions(self, step: int, captions: Sequence[Caption]) -> None:
-        if "captions.jsonl" not in self._places:
-            self._places["captions.jsonl"] = _lines_file(self._folder / CAPTIONS, step - 1)
         images = []
-        for number, caption in enumerate(captions):
+        (self._folder / IMAGES).mkdir(exist_ok=True)
+        for caption in captions:
             line = {"step": step, "key": caption.key, "model": caption.model, "data": caption.data}
             self._call("captions.jsonl", "write", json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            log.info('caption: "%s" (data: "%s")', caption.model, caption.data)
+            log.info("caption: %r (data: %r)", caption.model, caption.data)
             images.append(_displayable(caption.image))
-            self._write_image(images[-1], number)
+            if not (path := image_path(self._folder, caption.key)).exists():
+                Image.fromarray(images[-1].transpose(1, 2, 0)).save(path, quality=90)
+        if not images:
+            return
         text = "\n\n".join(f"{i}. **{c.model}** (data: {c.data})" for i, c in enumerate(captions, start=1))
         self._call("TensorBoard", "add_images", "captioned", np.stack(images), step)
         self._call("TensorBoard", "add_text", "captions", text, step)
@@ -184,22 +196,6 @@ class Reporter:
             ]
             self._call("W&B", "log", {"step": step, "captions": shown})
 
-    def _write_image(self, image: np.ndarray, number: int) -> None:
-        """For the page: the image of the `number`-th caption."""
-        path = self._folder / IMAGES / f"{number}.jpg"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            if not path.exists():
-                Image.fromarray(image.transpose(1, 2, 0)).save(path, quality=90)
-        except Exception as error:
-            log.warning("%s cannot be written: %s", path, error)
-
-    def _write_page(self) -> None:
-        try:
-            write_page([self._folder], self._folder / PAGE)
-        except Exception as error:
-            log.warning("%s cannot be written: %s: %s", self._folder / PAGE, type(error).__name__, error)
-
     def upload(self, path: Path) -> None:
         """Sends the checkpoint at `path` to W&B, if --save_checkpoints_to_wandb asks for it."""
         if self._uploads:
@@ -209,8 +205,9 @@ class Reporter:
         """Writes what is still to be written, and waits for it. `exit_code`: of the run, for W&B."""
         for place in ("the progress bar", "metrics.jsonl", "captions.jsonl", "TensorBoard"):
             self._call(place, "close")
-        if self._places and self._has_page and not exit_code:
-            self._write_page()
+        # A run of a few log lines has nothing to show.
+        if self._places and (self._has_page or self._lines_logged >= 10) and not exit_code:
+            self._try(PAGE, write_page, [self._folder], self._folder / PAGE)
         self._call("W&B", "finish", exit_code)
         self._places = {}
 
@@ -260,7 +257,7 @@ def _describe_validation(figures: Mapping[str, float | None]) -> str:
 
     parts = []
     for kind in (name[9:] for name in figures if name in ("val_loss_laion", "val_loss_mmc4")):
-        gains = f"image gain {number(f'image_gain_{kind}')}, over blank {number(f'blank_gain_{kind}')}"
+        gains = f"image gain {number(f'image_gain_{kind}')}, blank gain {number(f'blank_gain_{kind}')}"
         parts.append(f"{kind} loss {number(f'val_loss_{kind}')}, {gains}")
         if by_image := [number(name) for name in figures if name.startswith(f"val_loss_{kind}_image_")]:
             parts.append(f"{kind} loss by image {' '.join(by_image)}")
@@ -278,12 +275,12 @@ def _displayable(image: np.ndarray) -> np.ndarray:
 def _lines_file(path: Path, step: int) -> Any:
     """`path`, open for appending, without the lines of updates after `step`: those will be logged again."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         with suppress(ValueError, KeyError):  # a partial line of a killed run
             if json.loads(line)["step"] <= step:
                 kept.append(line)
     with atomic_write(path) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(kept))
     return path.open("ab", buffering=0)  # what cannot be written is lost, not kept for the next attempt
 
 

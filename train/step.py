@@ -26,7 +26,7 @@ class TrainDataset:
 
     kind: str
     weight: float  # of its loss
-    loader: Loader
+    loader: Loader | None  # None where batches come from elsewhere, as in validation
     normalization: InitVar[Normalization]
     device: torch.device
     dropped: Counter[str] = field(default_factory=Counter)  # on purpose, by reason, since the program started
@@ -46,6 +46,7 @@ class TrainDataset:
 
     def next_batch(self) -> Batch:
         start = time.perf_counter()
+        assert self.loader is not None
         batch = next(self.loader)
         self.seconds_waited += time.perf_counter() - start
         self.dropped.update(batch.dropped)
@@ -101,6 +102,7 @@ def train_step(
     Returns the global gradient norm before clipping, float32 [], on the device; None if every batch was left out.
     """
     began = time.perf_counter()
+    trainer.part_norms = {}
     health = health or Health()  # of this process alone
     model, optimizer, scaler = trainer.model, trainer.optimizer, trainer.scaler
     scale = 1.0 if scaler is None else scaler.scale
@@ -133,7 +135,7 @@ def train_step(
         gradient_norm = _gradient_norm(parameters) / scale
         if is_logged:
             trainer.part_norms = {part: _gradient_norm(of) / scale for part, of in trainer.parts.items()}
-        trainer.clipped = trainer.clipped + (gradient_norm > MAX_GRADIENT_NORM)
+        trainer.clipped = trainer.clipped + ((gradient_norm > MAX_GRADIENT_NORM) & gradient_norm.isfinite())
         with clipping(optimizer, gradient_norm, MAX_GRADIENT_NORM, scale):
             optimizer.step()
         if scaler is not None:

@@ -29,6 +29,7 @@ from open_flamingo.train.data.samples import Counts, Drop, Sample, SampleError
 from open_flamingo.train.data.shards import resolve_shards
 from open_flamingo.train.data.tars import read_shard
 from open_flamingo.train.distributed import World, gather_objects, run_on_rank0
+from open_flamingo.train.health import Health
 from open_flamingo.train.precision import autocast
 from open_flamingo.train.step import TrainDataset, compute_loss
 
@@ -76,7 +77,7 @@ def read_samples(kind: str, shards: Sequence[str], prepare: LaionPreparer | Mmc4
 
 
 def groups_of(samples: list[Sample]) -> list[list[Sample]]:
-    """Groups of `GROUP`, the last one smaller; but of one sample only where there is no other to exchange images with."""
+    """Groups of `GROUP`. A last one of a single sample joins the one before it."""
     starts = list(range(0, len(samples), GROUP))
     if len(starts) > 1 and len(samples) % GROUP == 1:
         starts.pop()
@@ -102,13 +103,18 @@ class ValidationSet:
     """One dataset's held-out samples; all of them, the same on every rank, of which each validates on its groups."""
 
     def __init__(
-        self, dataset: TrainDataset, samples: list[Sample], prepare: LaionPreparer | Mmc4Preparer, world: World
+        self,
+        dataset: TrainDataset,
+        samples: list[Sample],
+        prepare: LaionPreparer | Mmc4Preparer,
+        world: World,
+        num_captions: int,
     ) -> None:
         groups = groups_of(samples)
         self.dataset = dataset
         self.images = max(len(sample.images) for sample in samples)  # the most of a sample
         self.can_exchange = len(samples) > 1
-        self.first = samples[:GROUP]
+        self.first = samples[: max(1, num_captions)]
         self.groups = groups[world.rank :: world.world_size]
         self.rounds = -(-len(groups) // world.world_size)  # a sharded model needs all ranks in each forward pass
         self._encode = prepare.encode
@@ -139,25 +145,33 @@ class Validator:
         self._num_captions = state.args.val_captions
 
     @torch.no_grad()
-    def run(self, set_phase: Callable[[str], None]) -> tuple[dict[str, float | None], list[Caption]]:
-        """Figures, None for what is not finite, and captions. Every rank must call this."""
+    def run(self, health: Health) -> tuple[dict[str, float | None], list[Caption]] | None:
+        """Figures, None for what is not finite, and captions; None if a signal asks for a stop. Every rank must call this."""
         figures: dict[str, float | None] = {}
         # Blocks are compiled for training, and would be once more for this.
         with torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext():
             for data in self._sets:
-                figures |= self._losses(data, set_phase)
-            set_phase("captioning validation images")
-            captions = self._caption(self._sets[0]) if self._sets and self._num_captions else []
+                means = self._losses(data, health)
+                if means is None:
+                    return None
+                figures |= means
+            captions: list[Caption] = []
+            captioned = self._sets[0].first[: self._num_captions]
+            for start in range(0, len(captioned), GROUP):
+                health.set_phase(f"captioning validation images from the {start + 1}.")
+                captions += self._caption(self._sets[0], captioned[start : start + GROUP])
         if isinstance(self._model, FSDPModule):
             self._model.reshard()  # some parameters stay whole for a backward pass
         return figures, captions
 
-    def _losses(self, data: ValidationSet, set_phase: Callable[[str], None]) -> dict[str, float | None]:
+    def _losses(self, data: ValidationSet, health: Health) -> dict[str, float | None] | None:
         kind, device, cpu = data.dataset.kind, data.dataset.device, torch.device("cpu")
         # Rows: the summed loss with own, exchanged and blank images, and the labeled tokens. Columns: images before the token.
         sums = torch.zeros(4, data.images + 1, dtype=torch.float64)
         for i in range(data.rounds):
-            set_phase(f"validating on {kind}, {i + 1} of {data.rounds}")
+            health.set_phase(f"validating on {kind}, {i + 1} of {data.rounds}")
+            if health.asked_to_stop():
+                return None
             mine = i < len(data.groups)
             group = data.groups[i] if mine else data.first[:1]
             for row, variant in enumerate((group, with_images_of_next(group), with_blank_images(group))):
@@ -178,16 +192,16 @@ class Validator:
         figures = {f"val_loss_{kind}": own, f"image_gain_{kind}": exchanged - own, f"blank_gain_{kind}": blank - own}
         if not data.can_exchange:
             del figures[f"image_gain_{kind}"]
-        means = {name: value / max(1.0, tokens) for name, value in figures.items()}
+        means = {name: value / tokens if tokens else math.nan for name, value in figures.items()}
         if data.images > 1:
             by_image = zip(sums[0].tolist(), sums[3].tolist(), strict=True)
             means |= {f"val_loss_{kind}_image_{k}": loss / n for k, (loss, n) in enumerate(by_image) if k and n}
         return {name: value if math.isfinite(value) else None for name, value in means.items()}
 
-    def _caption(self, data: ValidationSet) -> list[Caption]:
+    def _caption(self, data: ValidationSet, samples: list[Sample]) -> list[Caption]:
         """The likeliest token at a time, after `<image>`. Every rank captions the same images: a sharded model needs all of them."""
         media, ends = self._model.media_token_id, {self._model.eoc_token_id, self._tokenizer.eos_token_id}
-        samples = [replace(sample, images=sample.images[:1]) for sample in data.first[: self._num_captions]]
+        samples = [replace(sample, images=sample.images[:1]) for sample in samples]
         places = [sample.input_ids.index(media) + 1 for sample in samples]
         images = data.dataset.images(data.batch(samples)).unsqueeze(2)
         tokens = torch.tensor([data.prompt] * len(samples), device=images.device)
@@ -243,8 +257,12 @@ def build_validator(state: TrainState, tokenizer: Any, image_processor: Callable
                 "--val_%s_shards: the ranks have not read the same samples, so there are no figures of them", kind
             )
         elif samples:
-            nothing: Any = None  # is loaded
-            dataset = TrainDataset(kind, 1.0, nothing, normalization(image_processor), world.device)
-            sets.append(ValidationSet(dataset, samples, prepare, world))
-            log.info("validation: %d samples of --val_%s_shards", len(samples), kind)
+            dataset = TrainDataset(kind, 1.0, None, normalization(image_processor), world.device)
+            sets.append(ValidationSet(dataset, samples, prepare, world, args.val_captions))
+            if len(samples) < args.val_samples:
+                log.warning(
+                    "--val_%s_shards have %d samples, not --val_samples %d", kind, len(samples), args.val_samples
+                )
+            else:
+                log.info("validation: the first %d samples of --val_%s_shards", len(samples), kind)
     return Validator(state, sets, tokenizer) if sets else None

@@ -141,8 +141,9 @@ def set_aside(folder: Path, start: Path | None) -> None:
     place.mkdir()
     for path in later:
         os.replace(path, place / path.name)
-    if (metrics := folder / "metrics.jsonl").exists():
-        shutil.copy(metrics, place)
+    for name in ("metrics.jsonl", "captions.jsonl"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, place)
     message = "starting from %s: the %d checkpoints of %s that do not lead to it are now in %s"
     log.warning(message, start, len(later), folder, place)
 

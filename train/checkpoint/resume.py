@@ -98,7 +98,7 @@ def resume_state(state: TrainState, progress: Progress) -> dict[str, Any] | None
         "schedule_unit": plan.schedule_unit,
         "data": {kind: LoaderState(batch.samples, lanes_read[kind]).to_json() for kind, batch in batches.items()},
         "data_lanes": state.lanes,
-        "shards": {dataset.kind: shards_digest(dataset.loader.urls) for dataset in trainer.datasets},
+        "shards": {d.kind: shards_digest(d.loader.urls) for d in trainer.datasets if d.loader is not None},
         "random_states": random_states,
         "flags": {name: value for name, value in vars(state.args).items() if name not in _NOT_RECORDED},
         "started_from": state.started_from,
