@@ -165,7 +165,7 @@ def find_config(path: str, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
     else:
         return path.replace("/", "-"), {}
     config, preprocessing = backbones.read_vision_config(file)
-    name = f"{file.stem}-{len(open_clip.list_models())}"  # which no other model has
+    name = f"{file.stem}-custom-{len(open_clip.list_models())}"  # which no other model has
     with tempfile.TemporaryDirectory() as folder:
         named = Path(folder) / f"{name}.json"
         named.write_text(json.dumps(config), encoding="utf-8")

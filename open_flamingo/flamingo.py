@@ -221,7 +221,7 @@ class Flamingo(nn.Module):
             latents, last = self._cached_media
             check_counts(counts, latents.shape[1])
             if not any(counts):
-                text_time = last.expand_as(text_time)
+                text_time = last.expand(-1, lang_x.shape[1])  # rows of text may be a multiple of those that are cached
         else:
             raise ValueError("vision_x is None, and no images are cached: pass images, or call cache_media first")
         return Conditioning(latents, text_time, start)

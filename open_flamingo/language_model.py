@@ -83,12 +83,13 @@ def conditioned(conditioning: Conditioning) -> Iterator[None]:
 @contextmanager
 def replaced(owner: dict[str, Any], name: str, value: Any) -> Iterator[None]:
     """Within this `with`, `owner[name]` is `value`."""
-    own = owner.get(name)
+    own = {name: owner[name]} if name in owner else {}
     owner[name] = value
     try:
         yield
     finally:
-        owner[name] = own
+        del owner[name]
+        owner |= own
 
 
 def find_cache(arguments: Iterable[Any]) -> Any:

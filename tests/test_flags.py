@@ -232,6 +232,7 @@ def test_flags_that_lack_their_value(refusal) -> None:
         (["--zzz"], "unknown flag --zzz: --help lists all flags"),
         (["--laion_shards", "0.tar", "1.tar"], "'1.tar' belongs to no flag: .* in quotes"),
         (["--fsdp", "True"], "'True' belongs to no flag"),
+        (["--fsdp", "a -b"], "'a -b' belongs to no flag"),
         (["--loss=3"], "--loss_multiplier_laion, --loss_multiplier_mmc4"),
         (["--un\nknown=3"], r"--un\\nknown"),
     ],

@@ -404,6 +404,12 @@ def test_cached_images_serve_generation() -> None:
     with pytest.raises(ValueError, match="2 <image> tokens but only 1"):
         model(None, prompt)
 
+    # Several candidates are scored against one context.
+    candidates = torch.tensor([[7, 8], [9, 10], [7, 8]])
+    several = model(None, candidates).logits
+    torch.testing.assert_close(several[0], logits[0])
+    torch.testing.assert_close(several[2], logits[0])
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Language models of unusual make

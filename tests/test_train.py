@@ -466,6 +466,24 @@ def test_a_run_that_fails_does_not_wait_for_its_workers(flags: list[str], tmp_pa
     assert output.splitlines()[-2:] == ["4 workers", "0 workers left"]
 
 
+@pytest.mark.fault(
+    "Disk", "The last checkpoint cannot be begun, with `--save_errors warn`", "the run ends with an error"
+)
+def test_a_last_checkpoint_that_cannot_be_begun_is_an_error(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(copies: Any, model: Any, optimizer: Any, state: Any, path: Path) -> Any:
+        if path.name == "checkpoint_1.pt":
+            raise OSError("no room")
+        return start_file(copies, model, optimizer, state, path)
+
+    monkeypatch.setattr("open_flamingo.train.checkpoint.saving.start_file", start)
+    with pytest.raises(SystemExit) as ended:
+        main([*flags, f"--run_name={tmp_path}", "--save_errors=warn"])
+    assert ended.value.code == 1
+    assert (tmp_path / "checkpoint_0.pt").exists()
+
+
 # ------------------------------------------------------------------------------------------------- what is told of the run
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from open_flamingo.backbones import check_language_model, check_tokenizer, check_vision_encoder, check_vision_weights
 from open_flamingo.train.checkpoint import SHARDED_STATE
@@ -75,10 +75,14 @@ class _Parser(argparse.ArgumentParser):
             message = f"{match[1]}: needs a value; one that begins with '-' is written {match[1]}=-value"
         elif match := re.fullmatch(r"(\S+): ignored explicit argument (.*)", message, re.DOTALL):
             message = f"{match[1]}: takes no value, got {match[2]}; give it alone to turn it on, or leave it out"
-        elif message.startswith("unrecognized arguments: "):
-            message = self._suggest(message.split(" ")[2:])
         line = message.replace("\r", "\\r").replace("\n", "\\n")
         self.exit(2, f"{self.prog}: error: {line}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._suggest(unknown))
+        return parsed
 
     def _suggest(self, unknown: list[str]) -> str:
         flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
@@ -151,8 +155,8 @@ def _add_model_and_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_image_pixels", type=positive_int, default=100_000_000, help="larger images are dropped and counted, never decoded")
     add("--data_lanes", type=positive_int,
         help="deterministic streams of shards that the samples are dealt from; ranks x workers must divide it. The "
-        "order of samples depends on it and on --seed alone. Default: the smallest power of two that is at least 16 "
-        "and at least ranks x workers")
+        "order of samples depends on it and on --seed alone. Default: ranks x workers, doubled until it is at "
+        "least 16")
     add("--shuffle_buffer_laion", type=positive_int, default=500,
         help="pairs (undecoded) that each lane shuffles among; a lane holds them in memory. 1 turns shuffling off")
     add("--shuffle_buffer_mmc4", type=positive_int, default=32,

@@ -97,7 +97,7 @@ def init_method(world: World, dist_url: str) -> str:
         step = {} if by_mpi else env
         address = address or first_host(step.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
         within_job = step.get("SLURM_STEP_ID") or env.get("PMIX_NAMESPACE")  # there may be several at once
-        launch = f"{env['SLURM_JOB_ID']}.{within_job}"
+        launch = f"{env.get('SLURM_JOB_ID')}.{within_job}"
     elif world.launcher in (OPEN_MPI, HOROVOD) and world.local_world_size == world.world_size:
         address = address or "127.0.0.1"
         launch = env.get("PMIX_NAMESPACE", env.get("HOROVOD_GLOO_RENDEZVOUS_PORT", ""))

@@ -34,7 +34,7 @@ class Checkpoints:
 
     Args:
         ask_to_stop: called at once, on rank 0, when a checkpoint could not be written and --save_errors is stop.
-        upload: called with each one that is on disk.
+        upload: called with each one that is on disk, on rank 0.
     """
 
     def __init__(
@@ -61,10 +61,12 @@ class Checkpoints:
         with user_error("nothing is saved, and training ends"), raise_on_all_ranks():
             check_finite(state.model, optimizer)
         self.finish()  # the one before
+        self.problem = None
         for group in optimizer.param_groups:
             group["lr"] = state.plan.rate_after(progress)  # of the next update, as the reference saves it
+        contents = resume_state(state, progress)
         with self._save_errors():
-            write = self._start(state.model, optimizer, resume_state(state, progress), path)
+            write = self._start(state.model, optimizer, contents, path)
             self._written = self._thread.submit(self._write, write, path)
 
     def _write(self, write: Callable[[], None], path: Path) -> None:
@@ -76,8 +78,9 @@ class Checkpoints:
             if self._stops and self._state.world.is_main:
                 self._ask_to_stop()  # otherwise the run would know only at the next save
             raise
-        log.info("saved %s", path)
-        self._upload(path)
+        if self._state.world.is_main:
+            log.info("saved %s", path)
+            self._upload(path)
 
     def finish(self) -> None:
         """Waits for what is still being written."""
@@ -97,7 +100,6 @@ class Checkpoints:
         try:
             with raise_on_all_ranks():
                 yield
-            self.problem = None
         except (ValueError, OSError) as error:
             self.problem = f"a checkpoint could not be written: {error}. The ones before it are whole"
             if self._stops:

@@ -49,12 +49,13 @@ def _tensors(model: Flamingo, optimizer: Optimizer, only_trained: bool) -> dict[
 def start_sharded(
     group: Any, model: Flamingo, optimizer: Optimizer, state: dict[str, Any] | None, path: Path
 ) -> Callable[[], None]:
-    """Copies this rank's part of the tensors to host memory, and starts to write it: see `saving.start_file`. Raises OSError, on
-    every rank, where the folder cannot be made."""
+    """Copies this rank's part of the tensors to host memory, and starts to write it: see `saving.start_file`. Raises OSError or
+    ValueError, on every rank, where the folder cannot be made."""
     beside = path.with_name(f".{path.name}.saving")
     with raise_on_all_ranks():  # also a barrier
         if state is not None:
             shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)  # fails where something is left: its checksums would be taken for this one's
             layout = {  # what making one file needs to know
                 "embedding": embedding_name(model),
                 "head": head_name(model),

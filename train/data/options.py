@@ -48,7 +48,7 @@ def resolve_workers(workers: int, batch_size: int, world_size: int, lanes: int =
 
 
 def resolve_lanes(lanes: int | None, world_size: int, workers: int) -> int:
-    """`lanes` if given; else ranks × workers, doubled up to 16: enough shards open at once to mix well, few enough to hold open.
+    """`lanes` if given; else ranks × workers, doubled until it is at least 16: enough shards open at once to mix well, few enough to hold open.
 
     Raises ValueError if ranks × workers does not divide `lanes`, with the numbers that do.
     """
@@ -66,7 +66,7 @@ def resolve_lanes(lanes: int | None, world_size: int, workers: int) -> int:
     if lanes % processes:
         fitting = [n for n in range(1, lanes // world_size + 1) if lanes % (world_size * n) == 0]
         raise ValueError(
-            f"{lanes} data lanes cannot be shared by {world_size} ranks × {workers} workers: "
+            f"{lanes} data lanes cannot be shared by {world_size} ranks × {max(1, workers)} workers: "
             f"with {world_size} ranks, use one of {fitting} workers"
         )
     return lanes
