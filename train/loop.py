@@ -31,7 +31,7 @@ from open_flamingo.train.metrics import measure
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, setup_logging
-from open_flamingo.train.schedule import Plan
+from open_flamingo.train.schedule import Plan, Progress
 from open_flamingo.train.step import TrainDataset, Trainer, train_step, trained_parts
 from open_flamingo.train.validation import Validator, build_validator
 from open_flamingo.train.watchdog import Watchdog
@@ -123,12 +123,12 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
 
     # ---------------------------------------------------------------- loop
     began = logged = time.perf_counter()
+    validating = 0.0  # seconds
     with signals, closing(checkpoints):
         # Also where a run was stopped after the save that it goes on from, and before the validation that was due there.
-        was_due = itstime(first_step, args.val_steps) or not (args.val_steps or progress.samples)
-        if validator is not None and not run_on_rank0(reporter.has_validated, first_step if was_due else None):
-            seconds = validate(validator, health, reporter, first_step)
-            began, logged = began + seconds, logged + seconds
+        due_at = first_step if validation_is_due(args, progress, last_step) else None
+        if validator is not None and not run_on_rank0(reporter.has_validated, due_at):
+            validating += validate(validator, health, reporter, first_step)
         while progress.step < last_step:
             learning_rate = plan.rate_after(progress)
             progress = plan.after_update(progress)
@@ -138,9 +138,8 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
             gradient_norm = train_step(trainer, learning_rate, health, is_logged)
             watchdog.end_startup()
             reporter.advance()
-
             if is_logged:
-                now = time.perf_counter()
+                now = time.perf_counter() - validating
                 values = {"epoch": plan.epochs_done(progress)}
                 values |= measure(state, health, gradient_norm, now - logged)
                 values["lr"] = plan.rate_after(progress)
@@ -153,10 +152,8 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
                 health.flush()
             if ends or itstime(step, args.save_steps) or not progress.samples:  # no samples: an epoch's end
                 checkpoints.save(progress)
-            is_due = itstime(step, args.val_steps) or step == last_step or not (args.val_steps or progress.samples)
-            if validator is not None and is_due and (health.stop is None or step == last_step):
-                seconds = validate(validator, health, reporter, step)
-                began, logged = began + seconds, logged + seconds
+            if validation_is_due(args, progress, last_step) and (health.stop is None or step == last_step):
+                validating += validate(validator, health, reporter, step)
             if ends or health.stop is not None:
                 if not ends:  # a signal that came while validating
                     checkpoints.save(progress)
@@ -169,8 +166,7 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
     with raise_on_all_ranks():  # launchers end all ranks when the first has ended: let rank 0 finish its writing
         reporter.close()
         for dataset in trainer.datasets:
-            if dataset.loader is not None:
-                dataset.loader.close()
+            dataset.close()
     return outcome(args, health, checkpoints, step, last_step)
 
 
@@ -191,8 +187,18 @@ def outcome(args: Namespace, health: Health, checkpoints: Checkpoints, step: int
     return None
 
 
-def validate(validator: Validator, health: Health, reporter: Reporter, step: int) -> float:
+def validation_is_due(args: Namespace, progress: Progress, last_step: int) -> bool:
+    if progress.step == last_step:
+        return True
+    return (
+        itstime(progress.step, args.val_steps) if args.val_steps else not progress.samples
+    )  # no samples: an epoch's end
+
+
+def validate(validator: Validator | None, health: Health, reporter: Reporter, step: int) -> float:
     """Validate and report it, unless a signal asks for a stop. Returns the seconds that it took, which are no part of training's."""
+    if validator is None:
+        return 0.0
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the last update is training's
     began = time.perf_counter()

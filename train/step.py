@@ -57,6 +57,11 @@ class TrainDataset:
         self.last = batch
         return batch
 
+    def close(self) -> None:
+        """Stop the loader's workers."""
+        if self.loader is not None:
+            self.loader.close()
+
     def images(self, batch: Batch) -> torch.Tensor:
         """The images of `batch` as the vision encoder takes them: float32 [B, N, 3, H, W], on the device."""
         images = batch.images.to(self.device, non_blocking=True)
