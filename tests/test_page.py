@@ -18,7 +18,7 @@ CHROMIUM = shutil.which("chromium")
 CHARTS = (
     "Training loss",
     "Held-out loss",
-    "The worth of the image (image gain)",
+    "The worth of the image: loss with another one less that with its own",
     "Held-out loss of text by the number of images before it",
     "Gates of cross-attention, |tanh|",
     "Gates of feed-forward, |tanh|",

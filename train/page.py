@@ -189,11 +189,11 @@ def _charts(runs: Sequence[Run]) -> list[str]:
     charts = Charts(runs)
     charts.curves("Training loss", "lines", {kind: get(f"loss_{kind}") for kind in kinds}, "nats per token", raw=True)
     charts.curves("Held-out loss", "validations", {kind: get(f"val_loss_{kind}") for kind in kinds}, "nats per token")
-    gains = {
-        f"{kind}: loss with another sample's image less that with its own": get(f"image_gain_{kind}") for kind in kinds
-    }
-    gains |= {f"{kind}: with a gray image less that": get(f"blank_gain_{kind}") for kind in kinds}
-    charts.curves("The worth of the image (image gain)", "validations", gains, "nats per token")
+    gains = {f"{kind}: another sample's image − its own": get(f"image_gain_{kind}") for kind in kinds}
+    gains |= {f"{kind}: a gray image − its own": get(f"blank_gain_{kind}") for kind in kinds}
+    charts.curves(
+        "The worth of the image: loss with another one less that with its own", "validations", gains, "nats per token"
+    )
     by_image = {f"after image {k}": get(f"val_loss_mmc4_image_{k}") for k in range(1, 17)}
     charts.curves("Held-out loss of text by the number of images before it", "validations", by_image, "nats per token")
     charts.gates("attention", "Gates of cross-attention, |tanh|")
@@ -268,7 +268,7 @@ def _captions(run: Run) -> str:
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.2rem auto; max-width: 1500px; padding: 0 1rem; color: #222; background: #fff }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); gap: 1rem }
-figure { margin: 0; break-inside: avoid } figcaption, summary { font-weight: 600 }
+figure { margin: 0; min-width: 0; break-inside: avoid } figcaption, summary { font-weight: 600 }
 table { border-collapse: collapse; font-size: 13px } th, td { text-align: left; vertical-align: top; padding: .2rem .6rem; border-bottom: 1px solid #ddd }
 td { overflow-wrap: anywhere } .differs { background: #fff3cd } img { width: 110px } .wide { overflow-x: auto }
 @media print { .grid { display: block } details { break-before: page } }
