@@ -24,7 +24,7 @@ from open_flamingo.train.data.laion import LaionPreparer
 from open_flamingo.train.data.lanes import Randomness
 from open_flamingo.train.data.loader import Batch, build_preparer, collate
 from open_flamingo.train.data.mmc4 import Mmc4Preparer
-from open_flamingo.train.data.options import DataOptions
+from open_flamingo.train.data.options import DataOptions, sample_options
 from open_flamingo.train.data.samples import Counts, Drop, Sample, SampleError
 from open_flamingo.train.data.shards import resolve_shards
 from open_flamingo.train.data.tars import read_shard
@@ -147,21 +147,25 @@ class Validator:
     @torch.no_grad()
     def run(self, health: Health) -> tuple[dict[str, float | None], list[Caption]] | None:
         """Figures, None for what is not finite, and captions; None if a signal asks for a stop. Every rank must call this."""
-        figures: dict[str, float | None] = {}
         # Blocks are compiled for training, and would be once more for this.
         with torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext():
-            for data in self._sets:
-                means = self._losses(data, health)
-                if means is None:
-                    return None
-                figures |= means
-            captions: list[Caption] = []
-            captioned = self._sets[0].first[: self._num_captions]
-            for start in range(0, len(captioned), GROUP):
-                health.set_phase(f"captioning validation images from the {start + 1}.")
-                captions += self._caption(self._sets[0], captioned[start : start + GROUP])
+            result = self._run(health)
         if isinstance(self._model, FSDPModule):
             self._model.reshard()  # some parameters stay whole for a backward pass
+        return result
+
+    def _run(self, health: Health) -> tuple[dict[str, float | None], list[Caption]] | None:
+        figures: dict[str, float | None] = {}
+        for data in self._sets:
+            means = self._losses(data, health)
+            if means is None:
+                return None
+            figures |= means
+        captions: list[Caption] = []
+        captioned = self._sets[0].first[: self._num_captions]
+        for start in range(0, len(captioned), GROUP):
+            health.set_phase(f"captioning validation images from number {start + 1}")
+            captions += self._caption(self._sets[0], captioned[start : start + GROUP])
         return figures, captions
 
     def _losses(self, data: ValidationSet, health: Health) -> dict[str, float | None] | None:
@@ -241,15 +245,7 @@ def build_validator(state: TrainState, tokenizer: Any, image_processor: Callable
         if (spec := getattr(args, f"val_{kind}_shards")) is None:
             continue
         shards = tuple(run_on_rank0(resolve_shards, f"--val_{kind}_shards", spec, "stop"))
-        options = DataOptions(
-            kind=kind,
-            shards=shards,
-            batch_size=GROUP,
-            max_image_pixels=args.max_image_pixels,
-            mmc4_textsim_threshold=args.mmc4_textsim_threshold,
-            mmc4_max_num_images=args.mmc4_max_num_images,
-            mmc4_min_num_images=args.mmc4_min_num_images,
-        )
+        options = DataOptions(kind, shards, batch_size=GROUP, **sample_options(args))
         prepare = build_preparer(options, tokenizer, image_processor)
         samples = read_samples(kind, shards, prepare, args.val_samples)
         if len({tuple(keys) for keys in gather_objects([sample.key for sample in samples])}) > 1:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from open_flamingo.train.data.shards import resolve_shards
 from open_flamingo.train.distributed import World, run_on_rank0
@@ -72,6 +73,12 @@ def resolve_lanes(lanes: int | None, world_size: int, workers: int) -> int:
     return lanes
 
 
+def sample_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides which samples are accepted, and what becomes of them."""
+    names = ("max_image_pixels", "mmc4_textsim_threshold", "mmc4_max_num_images", "mmc4_min_num_images")
+    return {name: getattr(args, name) for name in names}
+
+
 def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None) -> dict[str, DataOptions]:
     """What each dataset's loader needs to know; `saved_lanes` are those of the run that is continued. Every rank must call this.
 
@@ -92,10 +99,7 @@ def data_options(args: argparse.Namespace, world: World, saved_lanes: int | None
             seed=args.seed,
             lanes=lanes,
             resampled=args.dataset_resampled,
-            max_image_pixels=args.max_image_pixels,
-            mmc4_textsim_threshold=args.mmc4_textsim_threshold,
-            mmc4_max_num_images=args.mmc4_max_num_images,
-            mmc4_min_num_images=args.mmc4_min_num_images,
+            **sample_options(args),
             shuffle_buffer=getattr(args, f"shuffle_buffer_{kind}"),
             timeout=args.dist_timeout,
             startup_timeout=args.startup_timeout,
