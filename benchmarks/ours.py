@@ -28,6 +28,7 @@ import open_flamingo.flamingo
 from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights
 from benchmarks.child import serve
 from benchmarks.parts import Parts, loading_rate, matrix_rate, peak_memory
+from benchmarks.probe import new_shapes, product_rates, profile_steps, tensors_that_differ
 from benchmarks.shapes import Shape
 from benchmarks.shards import THRESHOLD
 from open_flamingo import create_model_and_transforms
@@ -46,6 +47,8 @@ from open_flamingo.train.parallel import compile_blocks, parallelize
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.schedule import Plan, Progress
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
+
+PROBES = (profile_steps, new_shapes, tensors_that_differ, product_rates)
 
 
 class Fed:
@@ -90,6 +93,11 @@ def to_batch(kind: str, rows: dict[str, Tensor], ids: tuple[int, int, int], pin:
         dropped=Counter(),
         errors=Counter(),
     )
+
+
+def named(function: Callable[..., Any], ours: Ours) -> Callable[..., Any]:
+    """`function` of `ours`, under its own name."""
+    return functools.update_wrapper(functools.partial(function, ours), function)
 
 
 class Ours:
@@ -151,7 +159,17 @@ class Ours:
             self.save,
             self.with_loaders,
             self.use_batches,
+            self.compile,
+            self.be_deterministic,
+            *(named(function, self) for function in PROBES),
         ]
+
+    def compile(self) -> None:
+        """From here on, as with --compile."""
+        compile_blocks(self.model)
+
+    def be_deterministic(self, enabled: bool) -> None:
+        choose_kernels(deterministic=enabled)
 
     def _update(self) -> None:
         train_step(self.trainer, self.args.learning_rate)

@@ -66,14 +66,14 @@ def test_a_day_on_a_gpu_keeps_what_it_has(
 ) -> None:
     """With a toy in the place of each shape: ours comes first, what fails or takes too long stops nothing, answers are kept."""
     monkeypatch.setattr(gpu, "SHAPES", dict.fromkeys(("3b", "4b", "9b"), SHAPES["toy"]))
-    assert list(gpu.parts(only_ours=False))[-1] == "3b amp_bf16"  # the reference last
+    assert list(gpu.parts(only_ours=False))[-1] == "3b beside the reference"
     parts = gpu.parts(only_ours=True)
     monkeypatch.setattr(
         gpu,
         "parts",
         lambda only_ours: {
-            "hangs": (3, lambda: str(Child("sleeps").ask("anything"))),
-            **{name: parts[name] for name in ("3b amp_bf16 ours", "checkpoint 3b ours")},
+            "hangs": (3, lambda write: Child("sleeps").ask("anything")),
+            "3b ours": parts["3b ours"],
         },
     )
     monkeypatch.setattr(child_module, "ROOT", folder)
@@ -85,10 +85,12 @@ def test_a_day_on_a_gpu_keeps_what_it_has(
     (folder / "benchmarks" / "ours.py").write_text(ours)
     written: dict[str, str] = {}
     gpu.run(written.__setitem__, only_ours=True, budget=400)
-    assert list(written) == ["3b amp_bf16 ours", "checkpoint 3b ours"]
+    assert list(written)[0] == "3b amp_bf16 ours"
+    assert list(written)[-1] == "3b amp_bf16 compiled"
+    assert "0 of" in written["3b bits"]
     assert "sleeps, asked for anything:\nout of time" in capsys.readouterr().err
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert {"losses", "steps", "memory", "save"} <= {answer["asked"][0] for answer in answers}
+    assert {"losses", "steps", "memory", "save", "profile_steps"} <= {answer["asked"][0] for answer in answers}
     with pytest.raises(ValueError, match="the parts are hangs, 3b"):
         gpu.run(written.__setitem__, only_ours=True, budget=400, wanted=["5b"])
 

@@ -10,6 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from open_flamingo.loss import labeled_positions
+from open_flamingo.train import loop
 from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.distributed import detect_launcher, distributed
 from open_flamingo.train.health import Health
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import parallelize
 from open_flamingo.train.precision import autocast, cast_frozen_weights
+from open_flamingo.train.step import train_step
 from open_flamingo.train.train import main
 from tests import families
 from tests.tiny import ROOT, assert_same, torchrun
@@ -167,6 +172,34 @@ def test_a_checkpoint_is_what_it_was_when_it_was_taken(
         load(run_of("amp_bf16") / "checkpoint_1.pt")["model_state_dict"],
         load(tmp_path / "checkpoint_1.pt")["model_state_dict"],
     )
+
+
+def test_an_update_waits_for_the_device_only_to_agree(
+    flags_of_run: list[str], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: Counter[str] = Counter()
+
+    def note(message: Any, category: Any, *_: Any) -> None:
+        if "synchroniz" in str(message):
+            ours = [frame for frame in traceback.extract_stack() if "/train/" in frame.filename or "open_flamingo/" in frame.filename]
+            waits[f"{Path(ours[-1].filename).name}:{ours[-1].name}"] += 1
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return train_step(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    if device.type != "cuda":
+        pytest.skip("torch tells where a GPU is waited for, not where a CPU is")
+    monkeypatch.setattr(loop, "train_step", watched)
+    monkeypatch.setattr(warnings, "showwarning", note)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        flags = [flag for flag in flags_of_run if flag != "--deterministic"]  # a sort in it waits
+        main([*flags, "--precision=amp_bf16", f"--run_name={tmp_path}"])
+    assert set(waits) == {"health.py:agree"}, waits
 
 
 def test_kill_9_loses_nothing(flags_of_run: list[str], run_of: Callable[[str], Path], tmp_path: Path) -> None:
