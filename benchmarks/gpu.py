@@ -50,9 +50,14 @@ def ours(shape: Shape, write: Write, probes: bool) -> None:
         write(f"{shape.name} bits", bits(child, "as it is"))
         write(f"data wait {shape.name}", data_wait(child, shape, patterns))
         saves = [child.ask("save", sharded=False) for _ in range(2)]
-        write(f"checkpoint {shape.name} ours", saving.describe(shape, {"ours, file, first": saves[:1], "… later": saves[1:]}))
+        write(
+            f"checkpoint {shape.name} ours",
+            saving.describe(shape, {"ours, file, first": saves[:1], "… later": saves[1:]}),
+        )
         child.ask("be_deterministic", enabled=True)
-        text = f"{child.ask('steps', count=4)[0] / 4:.4f} s a step with --deterministic. {bits(child, '--deterministic')}"
+        text = (
+            f"{child.ask('steps', count=4)[0] / 4:.4f} s a step with --deterministic. {bits(child, '--deterministic')}"
+        )
         write(f"{shape.name} deterministic", text)
         child.ask("be_deterministic", enabled=False)
         child.ask("compile")

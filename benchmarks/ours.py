@@ -35,7 +35,7 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import build_parser
 from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
-from open_flamingo.train.checkpoint.saving import start_file
+from open_flamingo.train.checkpoint.saving import HostCopies, start_file
 from open_flamingo.train.checkpoint.sharded import start_sharded
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.labels import laion_labels, mmc4_labels
@@ -142,7 +142,9 @@ class Ours:
         ]
         self.trainer = Trainer(self.step_model, self.optimizer, self.sources, self.args.precision, scaler=self.scaler)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self._savers: dict[bool, Any] = {False: functools.partial(start_file, {})}
+        self._savers: dict[bool, Any] = {
+            False: functools.partial(start_file, HostCopies(self._checkpoint_bytes(), device))
+        }
         if args.group:
             self._savers[True] = functools.partial(start_sharded, torch.distributed.new_group(backend="gloo"))
 
@@ -163,6 +165,9 @@ class Ours:
             self.be_deterministic,
             *(named(function, self) for function in PROBES),
         ]
+
+    def _checkpoint_bytes(self) -> int:
+        return 3 * sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def compile(self) -> None:
         """From here on, as with --compile."""

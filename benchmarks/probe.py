@@ -84,7 +84,9 @@ def tensors_that_differ(ours: Any) -> tuple[int, int]:
             loader.rewind()
         with torch.enable_grad():
             ours.steps(2)
-        results.append([tensor.detach().flatten().view(torch.uint8).sum(dtype=torch.int64).item() for tensor in tensors])
+        results.append(
+            [tensor.detach().flatten().view(torch.uint8).sum(dtype=torch.int64).item() for tensor in tensors]
+        )
     for tensor, old in zip(tensors, before):
         tensor.copy_(old)
     return sum(a != b for a, b in zip(*results)), len(tensors)

@@ -26,10 +26,10 @@ class MediaMask(NamedTuple):
 
 def media_mask(text_time: Tensor, num_images: int, num_latents: int) -> MediaMask:
     """Of `text_time` long[B, T], the number (from 1) of the image that each token sees, 0 for none."""
-    visible = (text_time > 0).unsqueeze(-1)  # [B, T, 1]
-    images = torch.arange(1, num_images + 1, device=text_time.device)
-    seen = (text_time.unsqueeze(-1) == images) | ~visible  # [B, T, N]
-    return MediaMask(seen.repeat_interleave(num_latents, dim=-1).unsqueeze(1), visible)
+    text_time = text_time.unsqueeze(-1)  # [B, T, 1]
+    visible = text_time > 0
+    of_latents = torch.arange(num_images * num_latents, device=text_time.device) // num_latents + 1  # each one's image
+    return MediaMask((text_time.unsqueeze(1) == of_latents) | ~visible.unsqueeze(1), visible)
 
 
 class MaskedCrossAttention(nn.Module):

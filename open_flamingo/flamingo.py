@@ -8,6 +8,7 @@ per image, E width of images.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from . import mpt
 from .cross_attention import GatedCrossAttentionBlock
 from .language_model import (
     Conditioning,
@@ -87,6 +89,7 @@ class Flamingo(nn.Module):
         rows = add_new_token_rows(self.lang_encoder, [eoc_token_id, media_token_id], train_output_rows)
         rows.requires_grad_(not freeze_lm_embeddings)
 
+        self._has_fused_mpt = mpt.fuse_attention(self.lang_encoder)
         parameters = inspect.signature(self.lang_encoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         names = ("cache", "past_key_values", "cache_params")  # transformers from 5.24 on, before, and some hybrids
@@ -159,6 +162,8 @@ class Flamingo(nn.Module):
             inputs["position_ids"] = positions[:, -lang_x.shape[1] :]
         if past_key_values is not None:
             inputs[self._cache_name] = past_key_values
+        elif self._has_fused_mpt and attention_mask is None and not use_cache:
+            inputs["attention_mask"] = mpt.causal_mask(lang_x.shape[1], lang_x.device)
 
         with conditioned(conditioning):
             if labeled is None:
@@ -251,8 +256,11 @@ class Flamingo(nn.Module):
 
     def _encode(self, images: Tensor) -> Tensor:
         """Images [M, F, 3, height, width] → latents [M, L, E]."""
-        dtype = next(self.vision_encoder.parameters()).dtype
-        with torch.no_grad():
+        dtypes = [parameter.dtype for parameter in self.vision_encoder.parameters()]
+        dtype = dtypes[0]
+        # A tower that is held in a lower precision throughout gains nothing from autocast but conversions around each norm.
+        is_low = dtype != torch.float32 and len({*dtypes}) == 1
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False) if is_low else nullcontext():
             features = patch_tokens(self.vision_encoder, images.flatten(0, 1).to(dtype))
         features = features.unflatten(0, (len(images), 1, -1)).to(self.perceiver.latents.dtype)  # [M, 1, F, V, E]
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()

@@ -56,7 +56,8 @@ class Conditioning:
                 "arguments is known as a key-value cache: which images its tokens see cannot be told. Pass use_cache=False"
             )
         positions = torch.arange(first, first + num_tokens, device=self.text_time.device).clamp_(0, last)
-        text_time, media = self.text_time[:, positions], self.latents.flatten(1, 2)
+        # Not a view: torch.compile would compile again for another way of being one.
+        text_time, media = self.text_time[:, positions], self.latents.flatten(1, 2).clone()
         repeats, rest = divmod(batch, len(media))
         if rest or not repeats:
             raise ValueError(f"images of {len(media)} rows cannot serve a text batch of {batch} rows")

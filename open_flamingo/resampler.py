@@ -89,7 +89,7 @@ class PerceiverResampler(nn.Module):
         """Patch tokens [B, N, F, V, D] → latents [B, N, L, D]. Each image is resampled on its own."""
         batch, images = features.shape[:2]
         features = features.flatten(2, 3).flatten(0, 1)  # [B·N, F·V, D]
-        latents = self.latents.expand(batch * images, -1, -1)
+        latents = self.latents.repeat(batch * images, 1, 1)
         layers: Any = self.layers
         for attention, feed in layers:
             latents = attention(features, latents) + latents

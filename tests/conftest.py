@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,13 @@ import pytest
 # Tiny models on few cores: threads only get in each other's way. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not any("tests/gpu" in argument for argument in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite's numbers are the CPU's, those of tests/gpu apart
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not any("tests/gpu" in argument for argument in config.args):  # not sys.argv: pytest's workers have none
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite's numbers are the CPU's, those of tests/gpu apart
+
 
 # `make faults` sets it to "long": as many cases, updates and combinations as it takes to meet what is rare.
 AT_LENGTH = os.environ.get("OPEN_FLAMINGO_TEST_LENGTH") == "long"

@@ -85,7 +85,7 @@ def test_a_day_on_a_gpu_keeps_what_it_has(
     (folder / "benchmarks" / "ours.py").write_text(ours)
     written: dict[str, str] = {}
     gpu.run(written.__setitem__, only_ours=True, budget=400)
-    assert list(written)[0] == "3b amp_bf16 ours"
+    assert next(iter(written)) == "3b amp_bf16 ours"
     assert list(written)[-1] == "3b amp_bf16 compiled"
     assert "0 of" in written["3b bits"]
     assert "sleeps, asked for anything:\nout of time" in capsys.readouterr().err

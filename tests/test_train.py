@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from open_flamingo.train.checkpoint import files as checkpoint
-from open_flamingo.train.checkpoint.saving import start_file
+from open_flamingo.train.checkpoint.saving import HostCopies, start_file
 from open_flamingo.train.health import Health, Signals
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.train import main
@@ -223,7 +223,13 @@ def test_a_run_that_cannot_save_ends_before_the_next_save(
 def test_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
     for tied in (True, False):
         model = small_flamingo("llama", tied)
-        start_file({}, model, build_optimizer(model, 1e-3, 0.1), {}, tmp_path / "checkpoint_0.pt")()
+        start_file(
+            HostCopies(0, torch.device("cpu")),
+            model,
+            build_optimizer(model, 1e-3, 0.1),
+            {},
+            tmp_path / "checkpoint_0.pt",
+        )()
         weights = load(tmp_path / "checkpoint_0.pt")["model_state_dict"]
         matrix, head = weights[embedding_name(model)], weights[head_name(model)]
         assert (matrix.data_ptr() == head.data_ptr()) == tied

@@ -53,7 +53,11 @@ def check_libraries(device: "torch.device", compiled: bool) -> None:
     if not all(abs(value - right) < 1e-4 for value, right in zip(values, (1.0, 0.1 * 8.0 / (2.0 * 2.0), 1.0))):
         problem = "torch's fused AdamW no longer follows `grad_scale` and `found_inf`: gradients would not be clipped"
         raise ValueError(with_versions(problem))
-    settings = ((torch._dynamo.config, "optimize_ddp"), (torch.compiler.config, "recompile_limit"))
+    settings = (
+        (torch._dynamo.config, "optimize_ddp"),  # imports the next but one
+        (torch.compiler.config, "recompile_limit"),
+        (torch.fx.experimental._config, "use_duck_shape"),
+    )
     if compiled and not all(hasattr(config, name) for config, name in settings):
         raise ValueError(with_versions("torch's compiler has other settings: train without --compile"))
     if image_spec(open_clip.image_transform(224, is_train=False)) is None:

@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from open_flamingo.loss import labeled_positions
 from open_flamingo.train.data.loader import Batch, Loader
@@ -145,8 +146,8 @@ def train_step(
             optimizer.step()
         if scaler is not None:
             scaler.update(gradient_norm)
-    # Zeroed, not freed: under DDP the gradients are views of its buckets, and fresh ones would be held beside those.
-    optimizer.zero_grad(set_to_none=False)
+    # Under DDP zeroed, not freed: there the gradients are views of its buckets, and fresh ones would be held beside those.
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
     health.end(gradient_norm, overflow_is_normal=scaler is not None)
     trainer.seconds.append(time.perf_counter() - began)
     return gradient_norm

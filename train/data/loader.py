@@ -11,6 +11,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -69,6 +70,11 @@ class Loader(Iterator[Batch]):
         self._timeout = self.options.startup_timeout
         self._workers = [Worker(dataset, number) for number in range(self.options.workers)]
         self._own_parts = dataset.parts(0)  # where there are no workers
+        # For a GPU a thread collects the next batch while this one is trained on: the main thread has kernels to launch.
+        self._thread = None
+        if self._pin and self._workers:
+            self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+        self._ahead: Future[Batch] | None = None
         self._closed = False
         self._pid = os.getpid()
         if self._workers:  # Python would send them a SIGTERM, and wait for them
@@ -78,6 +84,13 @@ class Loader(Iterator[Batch]):
         """Raises DataError where the data is too broken to go on (see `Lane`), or a worker died or hangs."""
         if self._closed:
             raise StopIteration
+        if self._thread is None:
+            return self._collect()
+        batch = (self._ahead or self._thread.submit(self._collect)).result()
+        self._ahead = self._thread.submit(self._collect)
+        return batch
+
+    def _collect(self) -> Batch:
         options, workers = self.options, max(1, self.options.workers)
         deadline = time.monotonic() + self._timeout
         parts = [self._take(number, deadline) for number in range(workers)]
@@ -102,6 +115,8 @@ class Loader(Iterator[Batch]):
         if os.getpid() != self._pid:
             return
         atexit.unregister(self.close)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.kill()
         deadline = time.monotonic() + KILL_WAIT
