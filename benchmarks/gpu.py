@@ -14,6 +14,7 @@ import torch
 from benchmarks import loading, saving, shards, steps
 from benchmarks.child import FOLDER, Child, ChildFailed
 from benchmarks.loading import SAMPLES
+from benchmarks.reference import install
 from benchmarks.shapes import SHAPES, Shape, needed_flops
 from benchmarks.shards import Size
 
@@ -21,123 +22,156 @@ PRECISION = "amp_bf16"
 WORKERS = 12
 Write = Callable[[str, str], None]
 """Takes a result's name and its text."""
-Part = Callable[[Write], None]
-"""Writes its results, each as soon as it is there."""
-
 
 SMALL_GPU = 90e9
 """Bytes of memory: on less, 9b needs activation checkpointing (81.9 GB without it, by a trace)."""
 
 
-def ours(shape: Shape, write: Write, probes: bool) -> None:
-    """This program alone, at the recipe's batch: all that is asked of one shape, of one process. What is there is written at once."""
-    small = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < SMALL_GPU
-    program = steps.Program("ours", PRECISION, checkpointing=shape.name == "9b" and small)
-    folder = steps.prepare(shape)
-    flops = needed_flops(shape, torch.load(folder / "batches.pt")[0], media_id=shape.vocabulary - 2)
-    arguments = [str(folder), f"--precision={PRECISION}", *["--gradient_checkpointing"] * program.checkpointing]
-    with Child("ours", *arguments) as child:
-        patterns = write_shards() if probes else {}  # while the child builds the model
-        comparison = steps.Comparison(shape, flops, {}, {"ours": program})
-        program.losses = child.ask("losses", count=steps.CHECKED)
-        measure(child, comparison)
-        write(f"{shape.name} {PRECISION} ours", steps.describe(comparison))
-        if not probes:
-            return
-        write(f"{shape.name} kernels", kernels(child, f"{shape.name}-eager"))
-        write(f"{shape.name} rates of its own products", rates(child.ask("product_rates"), comparison.rates[PRECISION]))
-        write(f"{shape.name} new shapes", seconds_of_new_shapes(child))
-        write(f"{shape.name} bits", bits(child, "as it is"))
-        write(f"data wait {shape.name}", data_wait(child, shape, patterns))
-        saves = [child.ask("save", sharded=False) for _ in range(2)]
-        write(
-            f"checkpoint {shape.name} ours",
-            saving.describe(shape, {"ours, file, first": saves[:1], "… later": saves[1:]}),
-        )
-        child.ask("be_deterministic", enabled=True)
+class Ours:
+    """This program alone, at the recipe's batch of one shape: one process, built when first asked, answers everything."""
+
+    def __init__(self, shape: Shape, write: Write) -> None:
+        self.shape, self.write = shape, write
+        small = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < SMALL_GPU
+        self.checkpointing = shape.name == "9b" and small
+        self.is_compiled = False
+        self.comparison: steps.Comparison | None = None
+        self._child: Child | None = None
+
+    @property
+    def child(self) -> Child:
+        if self._child is None:
+            folder = steps.prepare(self.shape)
+            arguments = ["--gradient_checkpointing"] if self.checkpointing else []
+            self._child = Child("ours", str(folder), f"--precision={PRECISION}", *arguments)
+        return self._child
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+        self._child, self.is_compiled = None, False
+
+    def _put(self, name: str, text: str) -> None:
+        self.write(f"{self.shape.name} {name}", text)
+
+    def measured(self) -> steps.Comparison:
+        batch = torch.load(steps.prepare(self.shape) / "batches.pt")[0]
+        flops = needed_flops(self.shape, batch, media_id=self.shape.vocabulary - 2)
+        program = steps.Program("ours", PRECISION, self.checkpointing)
+        program.losses = self.child.ask("losses", count=steps.CHECKED)
+        comparison = steps.Comparison(self.shape, flops, {}, {"ours": program})
+        measure(self.child, program)
+        comparison.rates[PRECISION] = self.child.ask("rate", dtype="bfloat16")
+        return comparison
+
+    def updates(self) -> None:
+        self.comparison = self.measured()
+        self._put(f"{PRECISION} ours", steps.describe(self.comparison))
+
+    def kernels(self) -> None:
+        """What runs on the device during an update; by name in build/benchmarks/profile-….txt."""
+        name = f"{self.shape.name}-{'compiled' if self.is_compiled else 'eager'}"
+        found = self.child.ask("profile_steps", count=2, file=str(FOLDER / f"profile-{name}.txt"))
+        kinds = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in found["kinds"].items())
+        share = found["busy"] / found["seconds"]
         text = (
-            f"{child.ask('steps', count=4)[0] / 4:.4f} s a step with --deterministic. {bits(child, '--deterministic')}"
+            f"{found['kernels']:.0f} kernels an update, which run {found['busy'] * 1e3:.1f} ms ({kinds}) of "
+            f"{found['seconds'] * 1e3:.1f} ms: busy {share:.1%}, while a profiler looks."
         )
-        write(f"{shape.name} deterministic", text)
-        child.ask("be_deterministic", enabled=False)
-        child.ask("compile")
-        seconds = child.ask("steps", count=1)[0]
-        compiled = steps.Comparison(shape, flops, {}, {"ours": steps.Program("ours", PRECISION, program.checkpointing)})
-        measure(child, compiled)
-        text = f"{seconds:.1f} s for the first compiled update.\n\n{steps.describe(compiled)}\n\n"
-        text += f"{kernels(child, f'{shape.name}-compiled')}\n\n{seconds_of_new_shapes(child)}"
-        write(f"{shape.name} {PRECISION} compiled", text)
+        self._put("kernels compiled" if self.is_compiled else "kernels", text)
+
+    def products(self) -> None:
+        cells = [f"{size}: {rate / 1e12:.0f}" for size, rate in self.child.ask("product_rates").items()]
+        self._put("rates of its own products", f"TFLOP/s: {', '.join(cells)}.")
+
+    def new_shapes(self) -> None:
+        found = "; ".join(f"{first:.3f} s, again {again:.3f} s" for first, again in self.child.ask("new_shapes"))
+        self._put("new shapes", f"An update on a batch of a size never seen before: {found}.")
+
+    def bits(self) -> None:
+        lines = []
+        for deterministic in (False, True):
+            self.child.ask("be_deterministic", enabled=deterministic)
+            seconds = self.child.ask("steps", count=4)[0] / 4
+            differ, total = self.child.ask("tensors_that_differ")
+            how = "with --deterministic" if deterministic else "as it is"
+            lines.append(f"- {how}: {differ} of {total} tensors have other bits; {seconds:.4f} s a step")
+        self.child.ask("be_deterministic", enabled=False)
+        self._put("bits", "Two runs of two updates, all trained tensors and moments:\n\n" + "\n".join(lines))
+
+    def data_wait(self) -> None:
+        """How long a step waits for data."""
+        child = self.child  # which builds its model meanwhile
+        size = Size(512, 384)
+        patterns = {
+            "laion": shards.write_laion(FOLDER / f"laion-{size.width}", size, SAMPLES["laion"]),
+            "mmc4": shards.write_mmc4(FOLDER / f"mmc4-{size.width}", size, SAMPLES["mmc4"]),
+        }
+        result = child.ask("with_loaders", shards=patterns, workers=WORKERS, count=20)
+        text = (
+            f"{size} images, --workers {WORKERS} (used: {result['workers']}){', compiled' * self.is_compiled}: "
+            f"{result['seconds']:.3f} s a step, of which {result['waited']:.4f} s, {result['waited'] / result['seconds']:.2%}, "
+            "waiting for data."
+        )
+        self._put("data wait", text)
+
+    def checkpoint(self) -> None:
+        self.child.ask("steps", count=1)  # now the optimizer has moments
+        results: dict[str, list[dict[str, float]]] = {}
+        for save in ("ours, file, first", "… later"):
+            results[save] = [self.child.ask("save", sharded=False)]
+            self._put("checkpoint ours", saving.describe(self.shape, results))
+
+    def compiling(self) -> None:
+        """From here on, everything is compiled."""
+        self.child.ask("compile")
+        self.is_compiled = True
+        seconds = [self.child.ask("steps", count=1)[0] for _ in range(2)]
+        text = f"{seconds[0]:.1f} s for the first compiled update, {seconds[1]:.1f} s for the second."
+        self._put("compiling", text)
+
+    def compiled(self) -> None:
+        self.compiling()
+        self._put(f"{PRECISION} compiled", steps.describe(self.measured()))
+        self.kernels()
+
+    def beside_reference(self) -> None:
+        """The reference after ours, in the same run; with activation checkpointing where it does not fit without."""
+        if self.comparison is None:
+            self.updates()
+        assert self.comparison is not None
+        install()
+        programs = {"reference": steps.Program("reference", PRECISION), "ours": self.comparison.programs["ours"]}
+        if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 2 * SMALL_GPU / 1.3:
+            self.close()  # both do not fit
+        try:
+            measure_reference(self.shape, programs["reference"])
+        except ChildFailed as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            programs["reference"] = steps.Program("reference", PRECISION, checkpointing=True)
+            measure_reference(self.shape, programs["reference"])
+        both = steps.Comparison(self.shape, self.comparison.flops, self.comparison.rates, programs)
+        both.check()
+        self._put(PRECISION, steps.describe(both))
 
 
-def measure(child: Child, comparison: steps.Comparison, chunks: int = 3, count: int = 4) -> None:
-    """Seconds, memory, rate and parts of the child's updates."""
-    program = comparison.programs["ours"]
-    child.ask("steps", count=2)
+def measure_reference(shape: Shape, program: steps.Program) -> None:
+    arguments = ["--gradient_checkpointing"] if program.checkpointing else []
+    with Child("reference", str(steps.prepare(shape)), f"--precision={program.precision}", *arguments) as child:
+        program.losses = child.ask("losses", count=steps.CHECKED)
+        measure(child, program)
+
+
+def measure(child: Child, program: steps.Program, chunks: int = 3, count: int = 4) -> None:
+    """Seconds, memory and parts of the child's updates."""
     child.ask("reset_memory")
     for _ in range(chunks):
         seconds, cpu = child.ask("steps", count=count)
         program.seconds.append(seconds / count)
         program.cpu_seconds.append(cpu / count)
     program.memory = child.ask("memory")
-    comparison.rates[PRECISION] = child.ask("rate", dtype="bfloat16")
     program.parts = child.ask("parts", count=2)
-
-
-def kernels(child: Child, name: str) -> str:
-    """What runs on the device during an update; by name in build/benchmarks/profile-….txt."""
-    found = child.ask("profile_steps", count=2, file=str(FOLDER / f"profile-{name}.txt"))
-    kinds = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in found["kinds"].items())
-    share = found["busy"] / found["seconds"]
-    return (
-        f"{found['kernels']:.0f} kernels an update, which run {found['busy'] * 1e3:.1f} ms ({kinds}) of "
-        f"{found['seconds'] * 1e3:.1f} ms: busy {share:.1%}, while a profiler looks."
-    )
-
-
-def rates(of_products: dict[str, float], square: float) -> str:
-    cells = [f"{size}: {rate / 1e12:.0f}" for size, rate in of_products.items()]
-    return f"TFLOP/s, beside {square / 1e12:.0f} of 8192 × 8192 × 8192: {', '.join(cells)}."
-
-
-def seconds_of_new_shapes(child: Child) -> str:
-    found = "; ".join(f"{first:.3f} s, again {again:.3f} s" for first, again in child.ask("new_shapes"))
-    return f"An update on a batch of a size never seen before: {found}."
-
-
-def bits(child: Child, how: str) -> str:
-    differ, total = child.ask("tensors_that_differ")
-    return f"Two runs of two updates, {how}: {differ} of {total} trained tensors and moments have other bits."
-
-
-def write_shards() -> dict[str, str]:
-    size = Size(512, 384)
-    return {
-        "laion": shards.write_laion(FOLDER / f"laion-{size.width}", size, SAMPLES["laion"]),
-        "mmc4": shards.write_mmc4(FOLDER / f"mmc4-{size.width}", size, SAMPLES["mmc4"]),
-    }
-
-
-def compare(shape: Shape, checkpointing: Collection[str] = ()) -> steps.Comparison:
-    return steps.compare(shape, PRECISION, 1, 4, resident=False, checkpointing=checkpointing, chunks=3)
-
-
-def both(shape: Shape) -> str:
-    """Beside the reference, with activation checkpointing for it where it does not fit without."""
-    try:
-        return steps.describe(compare(shape))
-    except ChildFailed as error:
-        if error.program != "reference" or "out of memory" not in str(error).lower():
-            raise
-        return steps.describe(compare(shape, ["reference"]))
-
-
-def data_wait(child: Child, shape: Shape, patterns: dict[str, str]) -> str:
-    """How long a step of ours waits for data."""
-    result = child.ask("with_loaders", shards=patterns, workers=WORKERS, count=20)
-    return (
-        f"Shape `{shape.name}`, images of 512 × 384, --workers {WORKERS} (used: {result['workers']}): {result['seconds']:.3f} s a step, "
-        f"of which {result['waited']:.4f} s, {result['waited'] / result['seconds']:.2%}, waiting for data."
-    )
 
 
 def largest(shape: Shape, only_ours: bool) -> str:
@@ -151,30 +185,34 @@ def largest(shape: Shape, only_ours: bool) -> str:
     return f"Shape `{shape.name}`, multiples of 2, 4 and 8:\n\n" + "\n".join(lines)
 
 
-def parts(only_ours: bool) -> dict[str, tuple[float, Part]]:
-    """By name, each part's limit in seconds and what it measures; ours first, the most important first."""
-    found: dict[str, tuple[float, Part]] = {
-        "3b ours": (240, lambda write: ours(SHAPES["3b"], write, probes=True)),
-        "9b ours": (90, lambda write: ours(SHAPES["9b"], write, probes=False)),
-        "4b ours": (90, lambda write: ours(SHAPES["4b"], write, probes=False)),
+def parts(shapes: dict[str, Ours], only_ours: bool) -> dict[str, tuple[float, Callable[[], None]]]:
+    """By name, each part's limit in seconds and what it measures; the most important first."""
+    main = shapes["3b"]
+    found: dict[str, tuple[float, Callable[[], None]]] = {
+        "3b updates": (120, main.updates),
+        "3b kernels": (40, main.kernels),
+        "3b products": (20, main.products),
+        "3b new shapes": (20, main.new_shapes),
+        "3b bits": (40, main.bits),
+        "3b data wait": (60, main.data_wait),
+        "3b checkpoint": (80, main.checkpoint),
+        "3b reference": (120, main.beside_reference),
+        "3b compiled": (200, main.compiled),
+        "9b updates": (90, shapes["9b"].updates),
+        "4b updates": (90, shapes["4b"].updates),
     }
-    if not only_ours:
-        found["3b beside the reference"] = 240, lambda write: write(f"3b {PRECISION}", both(SHAPES["3b"]))
+    if only_ours:
+        del found["3b reference"]
     return found
 
 
-def more_parts(only_ours: bool) -> dict[str, tuple[float, Part]]:
+def more_parts(write: Write, only_ours: bool) -> dict[str, tuple[float, Callable[[], None]]]:
     """Those that run only when --parts names them."""
     loaders = partial(loading.measure, (1, 4, 8), rounds=1, seconds=3, only_ours=only_ours)
-
-    def save(write: Write) -> None:
-        results = saving.measure(SHAPES["3b"], PRECISION, 2, only_ours, resident=False)
-        write("checkpoint 3b", saving.describe(SHAPES["3b"], results))
-
     return {
-        "data": (300, lambda write: write("data", loading.describe(loaders()))),
-        "largest batch 3b": (400, lambda write: write("largest batch 3b", largest(SHAPES["3b"], only_ours))),
-        "checkpoint": (90, save),
+        "compiling 3b": (200, Ours(SHAPES["3b"], write).compiling),
+        "data": (300, lambda: write("data", loading.describe(loaders()))),
+        "largest batch 3b": (400, lambda: write("largest batch 3b", largest(SHAPES["3b"], only_ours))),
     }
 
 
@@ -183,12 +221,13 @@ def run(write: Write, only_ours: bool, budget: float, wanted: Collection[str] = 
     `budget` seconds, is named and does not stop the others.
 
     Args:
-        wanted: names of parts, or their beginnings; empty: all of `parts`.
+        wanted: names of parts, or their beginnings, in the order in which they run; empty: all of `parts`.
 
     Raises ValueError where a name is of no part.
     """
-    known = parts(only_ours) | (more_parts(only_ours) if wanted else {})
-    chosen = {name: part for name, part in known.items() if not wanted or any(map(name.startswith, wanted))}
+    shapes = {name: Ours(SHAPES[name], write) for name in ("3b", "4b", "9b")}
+    known = parts(shapes, only_ours) | (more_parts(write, only_ours) if wanted else {})
+    chosen = {name: known[name] for start in wanted or [""] for name in known if name.startswith(start)}
     if not chosen:
         raise ValueError(f"--parts {' '.join(wanted)}: the parts are {', '.join(known)}")
     began = time.monotonic()
@@ -198,9 +237,16 @@ def run(write: Write, only_ours: bool, budget: float, wanted: Collection[str] = 
         if begin > began + budget:
             print(f"{name}: left out after {begin - began:.0f} s", file=sys.stderr)
             continue
+        for other, ours in shapes.items():
+            if not name.startswith(other):
+                ours.close()
         try:
-            part(write)
+            part()
         except Exception:
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            for ours in shapes.values():
+                ours.close()
         print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    for ours in shapes.values():
+        ours.close()
     Child.deadline = math.inf

@@ -65,17 +65,10 @@ def test_a_day_on_a_gpu_keeps_what_it_has(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a toy in the place of each shape: ours comes first, what fails or takes too long stops nothing, answers are kept."""
-    monkeypatch.setattr(gpu, "SHAPES", dict.fromkeys(("3b", "4b", "9b"), SHAPES["toy"]))
-    assert list(gpu.parts(only_ours=False))[-1] == "3b beside the reference"
-    parts = gpu.parts(only_ours=True)
-    monkeypatch.setattr(
-        gpu,
-        "parts",
-        lambda only_ours: {
-            "hangs": (3, lambda write: Child("sleeps").ask("anything")),
-            "3b ours": parts["3b ours"],
-        },
-    )
+    monkeypatch.setattr(gpu, "SHAPES", SHAPES | dict.fromkeys(("3b", "4b", "9b"), SHAPES["toy"]))
+    parts = gpu.parts
+    hangs = 3, lambda: Child("sleeps").ask("anything")
+    monkeypatch.setattr(gpu, "parts", lambda shapes, only_ours: {"hangs": hangs} | parts(shapes, only_ours))
     monkeypatch.setattr(child_module, "ROOT", folder)
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "sleeps.py").write_text("import time; time.sleep(600)")
@@ -84,10 +77,11 @@ def test_a_day_on_a_gpu_keeps_what_it_has(
     )
     (folder / "benchmarks" / "ours.py").write_text(ours)
     written: dict[str, str] = {}
-    gpu.run(written.__setitem__, only_ours=True, budget=400)
-    assert next(iter(written)) == "3b amp_bf16 ours"
-    assert list(written)[-1] == "3b amp_bf16 compiled"
-    assert "0 of" in written["3b bits"]
+    wanted = ["hangs", "3b updates", "3b kernels", "3b bits", "3b checkpoint", "9b"]
+    gpu.run(written.__setitem__, only_ours=True, budget=400, wanted=wanted)
+    toy = ["toy amp_bf16 ours", "toy kernels", "toy bits", "toy checkpoint ours"]
+    assert list(written) == toy
+    assert "as it is: 0 of" in written["toy bits"]
     assert "sleeps, asked for anything:\nout of time" in capsys.readouterr().err
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert {"losses", "steps", "memory", "save", "profile_steps"} <= {answer["asked"][0] for answer in answers}
