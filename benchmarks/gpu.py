@@ -206,11 +206,11 @@ def parts(shapes: dict[str, Ours], only_ours: bool) -> dict[str, tuple[float, Ca
     return found
 
 
-def more_parts(write: Write, only_ours: bool) -> dict[str, tuple[float, Callable[[], None]]]:
+def more_parts(shapes: dict[str, Ours], write: Write, only_ours: bool) -> dict[str, tuple[float, Callable[[], None]]]:
     """Those that run only when --parts names them."""
     loaders = partial(loading.measure, (1, 4, 8), rounds=1, seconds=3, only_ours=only_ours)
     return {
-        "compiling 3b": (200, Ours(SHAPES["3b"], write).compiling),
+        "compiling 3b": (200, shapes["3b"].compiling),
         "data": (300, lambda: write("data", loading.describe(loaders()))),
         "largest batch 3b": (400, lambda: write("largest batch 3b", largest(SHAPES["3b"], only_ours))),
     }
@@ -226,7 +226,7 @@ def run(write: Write, only_ours: bool, budget: float, wanted: Collection[str] = 
     Raises ValueError where a name is of no part.
     """
     shapes = {name: Ours(SHAPES[name], write) for name in ("3b", "4b", "9b")}
-    known = parts(shapes, only_ours) | (more_parts(write, only_ours) if wanted else {})
+    known = parts(shapes, only_ours) | (more_parts(shapes, write, only_ours) if wanted else {})
     chosen = {name: known[name] for start in wanted or [""] for name in known if name.startswith(start)}
     if not chosen:
         raise ValueError(f"--parts {' '.join(wanted)}: the parts are {', '.join(known)}")
@@ -238,7 +238,7 @@ def run(write: Write, only_ours: bool, budget: float, wanted: Collection[str] = 
             print(f"{name}: left out after {begin - began:.0f} s", file=sys.stderr)
             continue
         for other, ours in shapes.items():
-            if not name.startswith(other):
+            if other not in name:
                 ours.close()
         try:
             part()

@@ -197,7 +197,7 @@ def compile_blocks(model: Flamingo) -> None:
     # By default graphs within DDP's forward are split where its buckets end; blocks are smaller than that.
     torch._dynamo.config.optimize_ddp = False
     # Sizes that are equal by chance (as many rows as latents) would be taken for one size, and compiled again where they are not.
-    torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
+    torch.fx.experimental._config.use_duck_shape = False
     # Counted over all kinds of blocks together; beyond it torch goes on without compiling.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
     blocks = [block for layer in (*model.decoder_layers, *model.perceiver.layers) for block in layer.children()]

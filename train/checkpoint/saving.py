@@ -123,8 +123,7 @@ class HostCopies:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._pin = device.type == "cuda"
         self._copies: dict[str, Tensor] = {}
-        where = (torch.cuda.current_device(),) if self._pin else ()
-        self._thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device if where else None, initargs=where)
+        self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.cuda.set_device(device) if self._pin else None)
         sizes = [min(self.PIECE, nbytes - begin) for begin in range(0, nbytes, self.PIECE)]
         self._pieces = [self._thread.submit(self._allocate, size) for size in sizes]
         self._left = self._allocate(0)

@@ -73,9 +73,8 @@ class Loader(Iterator[Batch]):
         # For a GPU a thread collects the next batch while this one is trained on: the main thread has kernels to launch.
         self._thread = None
         if self._pin and self._workers:
-            self._thread = ThreadPoolExecutor(
-                1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
-            )
+            device = torch.cuda.current_device()
+            self._thread = ThreadPoolExecutor(1, initializer=lambda: torch.cuda.set_device(device))
         self._ahead: Future[Batch] | None = None
         self._closed = False
         self._pid = os.getpid()
