@@ -47,6 +47,7 @@ from open_flamingo.train.parallel import compile_blocks, parallelize
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.schedule import Plan, Progress
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
+from open_flamingo.train.train import set_allocator
 
 PROBES = (profile_steps, new_shapes, tensors_that_differ, product_rates)
 
@@ -317,6 +318,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--group", action="store_true", help="make a process group of one: sharded checkpoints need it")
     args = parser.parse_args()
+    set_allocator()
     with ExitStack() as stack:
         serve(lambda: (OurLoaders(Path(args.folder)) if args.loaders else Ours(args, stack)).functions())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.machinery
 import importlib.util
 import runpy
 import shutil
@@ -61,7 +62,8 @@ def patches(why: str) -> Callable[[Patch], Patch]:
 @patches("its loop imports wandb, which need not be installed")
 def stand_in_for_wandb() -> None:
     if importlib.util.find_spec("wandb") is None:
-        sys.modules["wandb"] = types.ModuleType("wandb")
+        stub = sys.modules["wandb"] = types.ModuleType("wandb")
+        stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)  # accelerate looks for it
 
 
 @patches("transformers 5 has no `additional_special_tokens` any more; without it every MMC4 document is dropped")

@@ -110,7 +110,8 @@ def flamingo(
     """A Flamingo whose gates stand at `gates`."""
     torch.manual_seed(1)
     kwargs = {"pad_token_id": PAD} | kwargs
-    model = Flamingo(tower(), lang_encoder, END_OF_CHUNK, IMAGE, VIS_DIM, **kwargs)
+    kwargs = {"vis_dim": VIS_DIM} | kwargs
+    model = Flamingo(tower(), lang_encoder, END_OF_CHUNK, IMAGE, **kwargs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):

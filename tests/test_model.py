@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
@@ -18,6 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from open_flamingo import mpt
 from open_flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_mask
 from open_flamingo.language_model import conditioned
 from open_flamingo.resampler import FeedForward, PerceiverResampler
@@ -257,6 +260,38 @@ def test_autocast(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(gradient.dtype == torch.float32 for gradient in mine)
     apart = torch.stack([(one - other).norm() for one, other in zip(mine, theirs)]).norm()
     assert apart < 0.02 * torch.stack([gradient.norm() for gradient in theirs]).norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mpt_fused_attention_is_its_own(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 3 heads (slopes that are no powers of 2), in float32 and, far from the query, in bfloat16."""
+    config = MptConfig(
+        d_model=48, n_layers=2, n_heads=3, vocab_size=VOCABULARY, attn_config={"clip_qkv": 0.5, "softmax_scale": 0.3}
+    )
+    token_ids = torch.randint(1, 50, (2, 300))
+    token_ids[:, [0, 150]] = IMAGE
+    results = {}
+    for fused in (True, False):
+        with monkeypatch.context() as patches:
+            if not fused:
+                patches.setattr(mpt, "fuse_attention", lambda lang_encoder: False)
+            torch.manual_seed(0)
+            model = flamingo(MptForCausalLM(config), gradient_checkpointing=checkpointing).train()
+        kinds = {type(module) for module in model.modules()}
+        assert (mpt.FusedMptAttention in kinds) == fused
+        losses = []
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                losses.append(model(images(2, 2), token_ids, labels=token_ids).loss)
+        losses[0].backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        # One row with padding; the mask of a batch of several takes transformers' own way.
+        padded = model(images(1, 2), token_ids[:1], (token_ids[:1] > 9).long()).logits.detach()
+        results[fused] = *losses, gradient, padded
+    for name, mine, theirs, bound in zip(
+        ("loss", "loss in bfloat16", "gradient", "padded"), results[True], results[False], (1e-5, 1e-3, 1e-4, 1e-4)
+    ):
+        assert (mine - theirs).norm() <= bound * theirs.norm(), name
 
 
 def test_in_float16_the_loss_scale_comes_before_any_rounding() -> None:

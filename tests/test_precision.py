@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from open_clip import CLIP
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,14 +20,14 @@ from open_flamingo import Flamingo
 from open_flamingo.train import precision as precisions
 from open_flamingo.train.optimizer import clipping
 from open_flamingo.train.parallel import check_compiler, compile_blocks
-from open_flamingo.train.precision import LossScaler, cast_frozen_weights
+from open_flamingo.train.precision import _AUTOCAST, LossScaler, autocast, cast_frozen_weights
 from open_flamingo.train.train import main
 from open_flamingo.train.validation import Validator
 from tests.conftest import AT_LENGTH
 from tests.families import IMAGE, flamingo, images, language_model, text
 from tests.precision_ranks import RUNS
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, assert_same, finished
+from tests.tiny import ROOT, VISION_CONFIG, assert_same, finished
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -92,6 +93,25 @@ def test_each_precision_trains_as_float32_does(
     kept = [tensor for name, tensor in checkpoint["model_state_dict"].items() if "perceiver" in name]
     moments = [of[key] for of in checkpoint["optimizer_state_dict"]["state"].values() for key in of if key != "step"]
     assert {tensor.dtype for tensor in (*kept, *moments)} == {trained}
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "fp16"])
+def test_openclips_vit_is_held_and_runs_in_the_lower_precision_alone(precision: str) -> None:
+    """The same numbers as with its matrices alone in it, under autocast, to the rounding of norms."""
+    model = flamingo(language_model("opt", True), tower=lambda: CLIP(**VISION_CONFIG).visual, vis_dim=32)
+    pictures = torch.randn(3, 1, 3, 32, 32)
+    with torch.no_grad():
+        exact = model._encode(pictures)
+        cast_frozen_weights(model, precision)
+        assert {p.dtype for p in model.vision_encoder.parameters()} == {_AUTOCAST[precision]}
+        modes = []
+        model.vision_encoder.transformer.resblocks[0].register_forward_pre_hook(
+            lambda *_: modes.append(torch.is_autocast_enabled("cpu"))
+        )
+        with autocast(precision, torch.device("cpu")):
+            latents = model._encode(pictures)
+    assert modes == [False]
+    assert (latents - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt_neox", "llama", "gemma3", "gptj", "mpt", "falcon"])

@@ -205,8 +205,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--deterministic", action="store_true",
         help="the same bits on each run on the same number of GPUs; slower. (On CPUs it is always so)")
     add("--compile", action="store_true",
-        help="compile decoder layers, gated blocks and resampler layers with torch.compile: faster updates, after "
-        "some minutes of compiling at the start. Needs a C compiler")
+        help="compile decoder layers, gated blocks and resampler layers with torch.compile: fewer, faster kernels after "
+        "some minutes of compiling at the start; measure whether it pays on your machine. Needs a C compiler")
 
 
 def _add_distributed_and_reporting_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -192,16 +191,14 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_blocks(model: Flamingo) -> None:
-    """Have each decoder layer, gated block, resampler layer and layer of OpenCLIP's ViT compiled when it is first called: what is compiled
-    for the first of a kind serves all of them. Call it after `warm_up_ddp`: sizes of one, as of its one row, are compiled for separately."""
+    """Have each decoder layer, gated block and resampler layer compiled when it is first called: what is compiled for the first of a kind
+    serves all of them. (OpenCLIP's ViT as it is has torch's own kernel of a whole attention, and was slower compiled.) Call it after `warm_up_ddp`: sizes of one, as of its one row, are compiled for separately."""
     # By default graphs within DDP's forward are split where its buckets end; blocks are smaller than that.
     torch._dynamo.config.optimize_ddp = False
     # Sizes that are equal by chance (as many rows as latents) would be taken for one size, and compiled again where they are not.
     torch.fx.experimental._config.use_duck_shape = False
     # Counted over all kinds of blocks together; beyond it torch goes on without compiling.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
-    blocks = [block for layer in (*model.decoder_layers, *model.perceiver.layers) for block in layer.children()]
-    if isinstance(model.vision_encoder, VisionTransformer):
-        blocks += _repeated_blocks(model.vision_encoder)
-    for block in blocks:
-        block.compile(dynamic=True)
+    for layer in (*model.decoder_layers, *model.perceiver.layers):
+        for block in layer.children():
+            block.compile(dynamic=True)

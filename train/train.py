@@ -19,11 +19,17 @@ from open_flamingo.train.arguments import parse_args
 from open_flamingo.train.libraries import with_versions
 
 
+def set_allocator() -> None:
+    """What CUDA reads when it starts. Batches differ in their numbers of images and tokens, which fragments memory; and eight threads
+    page-lock the memory of the first checkpoint."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        settings = ("expandable_segments:True", "pinned_use_cuda_host_register:True", "pinned_num_register_threads:8")
+        os.environ["PYTORCH_ALLOC_CONF"] = ",".join(settings)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    # What CUDA reads when it starts. Batches differ in their numbers of images and tokens, which fragments memory.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    set_allocator()
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.offline:

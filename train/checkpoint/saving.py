@@ -47,7 +47,11 @@ class Checkpoints:
         self._upload = upload
         self._stops = state.args.save_errors == "stop"
         self._is_sharded = state.args.checkpoint_format == "sharded"
-        trained = sum(p.numel() * 4 for p in state.model.parameters() if p.requires_grad) if state.world.is_main else 0
+        trained = (
+            sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+            if state.world.is_main
+            else 0
+        )
         copies = HostCopies(0 if self._is_sharded else 3 * trained, state.world.device)  # weights and two moments
         self._start: Callable[..., Callable[[], None]] = partial(start_file, copies)
         if self._is_sharded:  # with a process group of its own: the training goes on using the other
