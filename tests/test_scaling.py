@@ -18,6 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCau
 
 from benchmarks import loader_scale, scaling
 from open_flamingo import Flamingo
+from open_flamingo.train import estimate
 from open_flamingo.train.data import lanes
 from open_flamingo.train.distributed import World
 from open_flamingo.train.parallel import Sharding, gradient_sync, parallelize
@@ -97,15 +98,15 @@ def test_parameters_and_flops_of_the_3b_model() -> None:
         + layers * 2 * vision_width * inner * images * 64
         + 6 * (2 * vision_width * inner * images * 321 + (8 * vision_width**2 + 2 * vision_width * inner) * images * 64)
     )
-    assert forward < counted.forward < 1.1 * forward
+    assert forward < counted.passes.forward < 1.1 * forward
     # Backward: each product of the language model once for activations and once recomputed; of what is trained, once more
     # for weights; nothing in the vision encoder.
-    assert 1.2 * counted.forward < counted.backward < 2 * counted.forward
+    assert 1.2 * counted.passes.forward < counted.passes.backward < 2 * counted.passes.forward
 
 
 def test_the_meter_counts_products_and_what_is_alive() -> None:
     x = torch.empty(100, 50, device="meta")
-    with scaling.Meter() as meter:
+    with estimate.Meter() as meter:
         y = x @ torch.empty(50, 20, device="meta")  # 4 kB, 8 kB
         y = y.t().add_(1).t() + 1  # 8 kB more; then the first 8 are free
         z = y.reshape(-1).exp()
@@ -118,9 +119,9 @@ def test_the_meter_counts_products_and_what_is_alive() -> None:
 def test_without_checkpointing_nothing_is_recomputed_and_more_is_held() -> None:
     recipe = scaling.Recipe("tiny", lambda: GPTNeoXForCausalLM(neox_config(vocab_size=50432)), 1)
     with_it, without = scaling.count(recipe, True), scaling.count(recipe, False)
-    assert with_it.forward == without.forward
-    assert with_it.backward > without.backward
-    assert with_it.activations < without.activations
+    assert with_it.passes.forward == without.passes.forward
+    assert with_it.passes.backward > without.passes.backward
+    assert with_it.passes.peak < without.passes.peak
 
 
 def test_hybrid_sends_less_to_other_nodes_and_ddp_the_least() -> None:
@@ -128,14 +129,14 @@ def test_hybrid_sends_less_to_other_nodes_and_ddp_the_least() -> None:
     counted = scaling.count(scaling.RECIPES[0], True)
     sent, network = {}, {}
     for strategy in scaling.strategies(64):
-        calls = list(scaling.collectives(counted.units, strategy, 2))
+        calls = list(estimate.collectives(counted.units, strategy, 2))
         sent[strategy.name, strategy.frozen] = sum(call.sent for call in calls)
         network[strategy.name, strategy.frozen] = sum(call.network for call in calls)
     assert sent["DDP", False] == pytest.approx(4 * 2 * counted.trained * 63 / 64)
     assert sent["DDP", False] == min(sent.values())
     for frozen in (True, False):
         assert network["FSDP hybrid", frozen] < network["FSDP full", frozen] / 2
-        assert sent["FSDP full", frozen] == pytest.approx(network["FSDP full", frozen] * scaling.GPUS_OF_NODE)
+        assert sent["FSDP full", frozen] == pytest.approx(network["FSDP full", frozen] * estimate.GPUS_OF_NODE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,10 +222,10 @@ def test_bytes_held_and_sent_are_those_of_fsdp(
     tied: bool, shard: int, frozen: bool, recompute: bool, one_of_eight: World
 ) -> None:
     model = tiny_flamingo(tied, recompute)
-    strategy = scaling.Strategy("FSDP", WORLD, shard, frozen)
-    units = scaling.unit_pieces(model)
-    expected = scaling.held(units, strategy)
-    calls = list(scaling.collectives(units, strategy, passes=2))
+    strategy = estimate.Strategy("FSDP", WORLD, shard, frozen)
+    units = estimate.unit_pieces(model)
+    expected = estimate.held(units, strategy)
+    calls = list(estimate.collectives(units, strategy, passes=2))
 
     sharded = parallelize(model, one_of_eight, Sharding(shard, frozen))
     tokens = torch.tensor([[102, 5, 6, 101]])
