@@ -137,7 +137,9 @@ def measure_passes(
     """Of `model`, which is on the meta device and holds its weights as `cast_frozen_weights` casts them: the very code of an update
     runs, on tensors without memory. They are the CPU's, whose autocast differs from a GPU's in norms alone."""
     device, forward = torch.device("cpu"), 0
-    trained = [parameter.requires_grad for parameter in model.parameters()]
+    tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
+    before = [dict(table) for table in tables]
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         broadcast_from_rank0(model, model, World(rank=1, device=device), set())
         meter.reset()
@@ -146,15 +148,15 @@ def measure_passes(
             counted = torch.zeros(rows * (tokens - max(1, images)), dtype=torch.long, device=device)
             vision_x = torch.zeros(rows, images, 1, 3, *image_size, device=device)
             lang_x = torch.zeros(rows, tokens, dtype=torch.long, device=device)
-            before = meter.flops
+            done = meter.flops
             with autocast(precision, device):
                 labels = LabeledPositions(counted, counted)
                 loss = model(vision_x, lang_x, labels=labels, image_counts=[images] * rows).loss
-            forward += meter.flops - before
+            forward += meter.flops - done
             loss.backward()
             del loss, vision_x, lang_x, counted, labels
-        gradients = sum(p.numel() * p.element_size() for p, wanted in zip(model.parameters(), trained) if wanted)
-        model.zero_grad()
+    for table, entries in zip(tables, before):
+        table.update(entries)
     return Passes(forward, meter.flops - forward, meter.peak, gradients)
 
 

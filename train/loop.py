@@ -22,7 +22,7 @@ from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.distributed import World, detect_launcher, distributed, raise_on_all_ranks, run_on_rank0
-from open_flamingo.train.errors import UserError, user_error
+from open_flamingo.train.errors import MODEL_FLAGS, UserError, user_error
 from open_flamingo.train.flops import ModelFlops
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
 from open_flamingo.train.libraries import check_libraries
@@ -37,16 +37,6 @@ from open_flamingo.train.validation import Validator, build_validator
 from open_flamingo.train.watchdog import Watchdog
 
 log = logging.getLogger("open_flamingo.train")
-
-# Argument of `create_model_and_transforms`, which its errors name → flag.
-MODEL_FLAGS = {
-    "clip_vision_encoder_path": "--vision_encoder_path",
-    "clip_vision_encoder_pretrained": "--vision_encoder_pretrained",
-    "lang_encoder_path": "--lm_path",
-    "tokenizer_path": "--tokenizer_path (by default that of --lm_path)",
-    "cross_attn_every_n_layers": "--cross_attn_every_n_layers",
-    "trust_remote_code=True": "--trust_remote_code",
-}
 
 
 def run(args: Namespace) -> int:

@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        from open_flamingo.train.loop import run  # takes seconds: wrong flags have been refused before
+    try:  # the imports take seconds: wrong flags have been refused before
+        if args.dry_run:
+            from open_flamingo.train.dry_run import dry_run as run
+        else:
+            from open_flamingo.train.loop import run
     except ImportError as error:
         raise SystemExit(f"cannot start: {with_versions(error)}") from error
     if exit_code := run(args):

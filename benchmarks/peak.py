@@ -1,0 +1,133 @@
+"""The memory that `--dry_run` foretells, beside what processes then hold, on CPU ranks: the table of docs/performance.md.
+
+    python benchmarks/peak.py            # all cases, a few minutes on two cores
+    torchrun --nproc-per-node=2 benchmarks/peak.py small amp_bf16 --fsdp     # one
+
+Measured is the most that a rank's process has resident in three updates, less what it had before the model was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # this checkout, installed or not
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import open_flamingo
+
+    open_flamingo.__path__.append(sys.path[0])
+
+import torch
+
+from benchmarks import report, steps
+from benchmarks.backbones import VISION_CONFIG, without_weights
+from benchmarks.ours import Fed, to_batch
+from benchmarks.shapes import SHAPES
+from open_flamingo import Flamingo, create_model_and_transforms
+from open_flamingo.train import estimate
+from open_flamingo.train.distributed import detect_launcher, distributed
+from open_flamingo.train.estimate import BatchSize, Strategy
+from open_flamingo.train.optimizer import build_optimizer
+from open_flamingo.train.parallel import Sharding, parallelize
+from open_flamingo.train.precision import cast_frozen_weights
+from open_flamingo.train.step import TrainDataset, Trainer, train_step
+
+CASES = (
+    (1, "small", "fp32"),
+    (1, "small", "fp32", "--gradient_checkpointing"),
+    (1, "mid", "amp_bf16"),
+    (2, "small", "fp32"),
+    (2, "small", "fp32", "--fsdp"),
+    (2, "mid", "amp_bf16", "--fsdp", "--gradient_checkpointing"),
+)
+
+
+def resident(name: str) -> int:
+    """Bytes; `name`: VmRSS, now, or VmHWM, the most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def build(folder: Path, args: argparse.Namespace, meta: bool) -> Flamingo:
+    shape = SHAPES[args.shape]
+    with without_weights():
+        model, _, _ = create_model_and_transforms(
+            str(folder / VISION_CONFIG),
+            None,
+            str(folder / "language"),
+            cross_attn_every_n_layers=shape.cross_attn_every_n_layers,
+            use_local_files=True,
+            gradient_checkpointing=args.gradient_checkpointing,
+            meta=meta,
+        )
+    cast_frozen_weights(model, args.precision)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("precision", choices=["fp32", "amp_bf16"])
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    args = parser.parse_args()
+    shape, folder = SHAPES[args.shape], steps.FOLDER / args.shape
+    batch = torch.load(folder / "batches.pt")[0]
+    paper = build(folder, args, meta=True)
+    sizes = [BatchSize(of.rows, of.tokens, of.slots) for of in (shape.laion, shape.mmc4)]
+    image_size = (shape.vision["image_size"],) * 2
+    with distributed(detect_launcher()) as world:
+        strategy = Strategy("", world.world_size, world.world_size if args.fsdp else 1, True)
+        units = estimate.unit_pieces(paper)
+        foretold = estimate.peak_memory(
+            units, strategy, estimate.measure_passes(paper, args.precision, sizes, image_size)
+        )
+        ids = paper.media_token_id, paper.eoc_token_id, 0
+        del paper
+        gc.collect()
+        before = resident("VmRSS")
+        model = build(folder, args, meta=not world.is_main)
+        parallel = parallelize(model, world, Sharding(world.world_size) if args.fsdp else None).train()
+        datasets = []
+        for kind in ("laion", "mmc4"):
+            rows = dict(batch[kind])
+            if kind == "mmc4":  # as many images in each row as there are slots: what was foretold
+                rows["image_counts"] = torch.full_like(rows["image_counts"], shape.mmc4.slots)
+            datasets.append(TrainDataset(kind, 1.0, Fed([to_batch(kind, rows, ids, False)]), None, world.device))  # type: ignore[arg-type]
+        trainer = Trainer(parallel, build_optimizer(model, 1e-4, 0.1), datasets, args.precision)
+        train_step(trainer, 1e-4)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        for _ in range(2):
+            train_step(trainer, 1e-4)
+        measured = resident("VmHWM") - before
+        if world.is_main:
+            print(json.dumps({"foretold": foretold, "measured": measured}), flush=True)
+        del parallel, trainer, model
+
+
+def run_all() -> str:
+    rows = []
+    for ranks, shape, *flags in CASES:
+        steps.prepare(SHAPES[shape])
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+        command += ["--rdzv-endpoint=127.0.0.1:0", __file__, shape, *flags]
+        threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+        answer = subprocess.run(command, env=threads, stdout=subprocess.PIPE, text=True, check=True).stdout
+        found = json.loads(answer.splitlines()[-1])
+        sizes = [f"{found[name] / 1e9:.2f}" for name in ("foretold", "measured")]
+        rows.append([str(ranks), shape, " ".join(flags), *sizes, f"{found['foretold'] / found['measured']:.2f}"])
+        print(rows[-1], flush=True)
+    return report.table(["ranks", "shape", "flags", "foretold, GB", "measured, GB", "ratio"], rows)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main()
+    else:
+        report.write_section("peak memory foretold", "memory that a dry run foretells", run_all())
