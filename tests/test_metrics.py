@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks.backbones import VISION_CONFIG, without_weights, write_backbones
 from benchmarks.shapes import SHAPES, model_flops
@@ -14,6 +15,7 @@ from open_flamingo import create_model_and_transforms
 from open_flamingo.train.flops import ModelFlops, Work, peak_flops
 from open_flamingo.train.metrics import Concerns
 from open_flamingo.train.train import main
+from tests.families import flamingo
 from tests.test_train import metrics
 
 
@@ -56,6 +58,19 @@ def test_operations_are_those_of_the_shape(name: str, tmp_path: Path) -> None:
     counted = ModelFlops.of(model, torch.zeros(3, 64, 64)).needed(work)
     for part, flops in model_flops(shape).needed(work).items():
         assert counted[part] == pytest.approx(flops, rel=0.01), part
+
+
+def test_of_a_mixture_of_experts_only_those_that_a_token_visits_are_counted() -> None:
+    def decoder(experts: int, visited: int) -> int:
+        config = MixtralConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=experts, num_experts_per_tok=visited, vocab_size=61,
+        )  # fmt: skip
+        return ModelFlops.of(flamingo(MixtralForCausalLM(config)), torch.zeros(3, 8, 8)).decoder
+
+    router = 2 * 32  # of one expert, in two layers
+    assert decoder(4, 2) - 4 * router == decoder(2, 2) - 2 * router
+    assert decoder(4, 2) - decoder(4, 1) == 2 * 3 * 32 * 64
 
 
 def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +121,9 @@ def test_what_is_off_is_told_once(step: int, off: dict[str, Any], said: str) -> 
 def test_what_is_well_or_new_is_not_told() -> None:
     assert Concerns(0).find(5000, WELL) == []
     assert Concerns(0).find(5000, {"image_gain_laion": 0.5, "image_gain_mmc4": None}) == []
+    seeing = Concerns(0)
+    assert seeing.find(900, {"image_gain_laion": 0.55}) == []
+    assert seeing.find(1200, WELL | {"gate_attention": 0.007}) == [], "it sees, whatever its gates"
     early = WELL | {"gate_attention": 0.0, "data_wait": 0.9, "padding": 0.9, "grad_norm_resampler": 0.0, "clipped": 1.0}
     assert Concerns(0).find(500, early) == [], "the first line has the start in it"
     slow = Concerns(0)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from open_flamingo.train.checkpoint.files import load
 from open_flamingo.train.data.samples import Sample
+from open_flamingo.train.loop import seconds_left
+from open_flamingo.train.schedule import Progress
 from open_flamingo.train.train import main
 from open_flamingo.train.validation import Validator, groups_of, with_blank_images, with_images_of_next
 from tests.ranks import run_ranks
@@ -261,3 +264,21 @@ def test_images_are_exchanged_within_groups_and_blanked() -> None:
     assert int(exchanged[7].images[0][0, 0, 0]) == 0
     assert {int(image.max()) for blank in with_blank_images(groups[0]) for image in blank.images} == {128}
     assert samples[2].images[0].max() == 20
+
+
+@pytest.mark.parametrize(
+    ("val_steps", "progress", "left"),
+    [
+        (0, Progress(3, 0, {"laion": 12}), 2),
+        (0, Progress(4, 1), 2),  # the one of the epoch that has just ended is still to come
+        (3, Progress(1, 0, {"laion": 4}), 3),  # after 3, 6 and, at the end, 8
+        (3, Progress(3, 0, {"laion": 12}), 3),
+        (3, Progress(4, 1), 2),
+        (4, Progress(5, 1, {"laion": 4}), 1),
+    ],
+)
+def test_what_is_left_foresees_validations(val_steps: int, progress: Progress, left: int) -> None:
+    """Of two epochs of four updates."""
+    flags = Namespace(val_steps=val_steps, num_epochs=2)
+    seconds = seconds_left(flags, progress, last_step=8, update=1.0, validating=[100.0])
+    assert seconds == 8 - progress.step + 100 * left

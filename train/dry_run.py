@@ -33,7 +33,7 @@ from open_flamingo.train.flops import ModelFlops, Work
 from open_flamingo.train.precision import cast_frozen_weights
 from open_flamingo.train.report import log_in_to_wandb, setup_logging
 from open_flamingo.train.schedule import Plan
-from open_flamingo.train.step import trained_parts
+from open_flamingo.train.step import part_sizes
 from open_flamingo.weights import trained_tensors
 
 UTILIZATION, LINK_SHARE = (
@@ -107,14 +107,9 @@ def examine(args: Namespace, screen: Screen) -> None:
             meta=True,
         )
     check_weights(args, screen)
-    frozen = {
-        name: [p for p in part.parameters() if not p.requires_grad]
-        for name, part in (("vision encoder", model.vision_encoder), ("language model", model.lang_encoder))
-    }
-    for title, parts in (("trained", trained_parts(model)), ("frozen", frozen)):
-        counts = {part: sum(p.numel() for p in of) for part, of in parts.items()}
-        each = ", ".join(f"{part.replace('_', ' ')} {count / 1e6:,.1f}" for part, count in counts.items())
-        screen.say("model", f"{sum(counts.values()) / 1e6:,.1f} M parameters {title}: {each}")
+    for title, parts in part_sizes(model):
+        each = ", ".join(f"{part} {count / 1e6:,.1f}" for part, count in parts.items())
+        screen.say("model", f"{sum(parts.values()) / 1e6:,.1f} M parameters {title}: {each}")
 
     surveys = {}
     for kind, option in options.items():

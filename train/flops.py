@@ -119,12 +119,21 @@ class ModelFlops:
             width=tokens.shape[2],
             dim=gated[0].attn.norm.weight.numel(),
             layers=len(layers),
-            decoder=sum(p.numel() for layer in layers for p in layer.decoder_layer.parameters() if p.ndim > 1),
+            decoder=round(sum(_visited_weights(layer.decoder_layer, model.lang_encoder.config) for layer in layers)),
             vocabulary=len(input_embedding(model.lang_encoder).weight),
             gated=len(gated),
             latents=len(model.perceiver.latents),
             depth=len(model.perceiver.layers),
         )
+
+
+def _visited_weights(layer: nn.Module, config: Any) -> float:
+    """Of the matrices of a decoder layer, those that a token goes through: of a mixture of experts, only some."""
+    config = config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    share = config.num_experts_per_tok / experts if experts else 1.0
+    matrices = [(name, p) for name, p in layer.named_parameters() if p.ndim > 1]
+    return sum(p.numel() * (share if ".experts." in name else 1.0) for name, p in matrices)
 
 
 class _PatchTokens(nn.Module):

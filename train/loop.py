@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, setup_logging
 from open_flamingo.train.schedule import Plan, Progress
-from open_flamingo.train.step import TrainDataset, Trainer, train_step, trained_parts
+from open_flamingo.train.step import TrainDataset, Trainer, model_parts, train_step
 from open_flamingo.train.validation import Validator, build_validator
 from open_flamingo.train.watchdog import Watchdog
 
@@ -113,12 +114,12 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
 
     # ---------------------------------------------------------------- loop
     began = logged = time.perf_counter()
-    validating = 0.0  # seconds
+    validating: list[float] = []  # seconds of each
     with signals, closing(checkpoints):
         # Also where a run was stopped after the save that it goes on from, and before the validation that was due there.
         due_at = first_step if validation_is_due(args, progress, last_step) else None
         if validator is not None and not run_on_rank0(reporter.has_validated, due_at):
-            validating += validate(validator, health, reporter, first_step)
+            validating.append(validate(validator, health, reporter, first_step))
         while progress.step < last_step:
             learning_rate = plan.rate_after(progress)
             progress = plan.after_update(progress)
@@ -129,11 +130,13 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
             watchdog.end_startup()
             reporter.advance()
             if is_logged:
-                now = time.perf_counter() - validating
+                now = time.perf_counter() - sum(validating)
                 values = {"epoch": plan.epochs_done(progress)}
                 values |= measure(state, health, gradient_norm, now - logged)
                 values["lr"] = plan.rate_after(progress)
-                values["seconds_left"] = (now - began) / (step - first_step) * (last_step - step)
+                values["seconds_left"] = seconds_left(
+                    args, progress, last_step, (now - began) / (step - first_step), validating
+                )
                 reporter.log(step, values)
                 logged = now
 
@@ -143,7 +146,7 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
             if ends or itstime(step, args.save_steps) or not progress.samples:  # no samples: an epoch's end
                 checkpoints.save(progress)
             if validation_is_due(args, progress, last_step) and (health.stop is None or step == last_step):
-                validating += validate(validator, health, reporter, step)
+                validating.append(validate(validator, health, reporter, step))
             if ends or health.stop is not None:
                 if not ends:  # a signal that came while validating
                     checkpoints.save(progress)
@@ -183,6 +186,19 @@ def validation_is_due(args: Namespace, progress: Progress, last_step: int) -> bo
     return (
         itstime(progress.step, args.val_steps) if args.val_steps else not progress.samples
     )  # no samples: an epoch's end
+
+
+def seconds_left(
+    args: Namespace, progress: Progress, last_step: int, update: float, validating: Sequence[float]
+) -> float:
+    """Of the run after the update that led to `progress`, of an update's seconds and those of past validations. One that is due right
+    after it is still to come."""
+    if args.val_steps:
+        begun = (progress.step - 1) // args.val_steps
+        validations = last_step // args.val_steps - begun + (last_step % args.val_steps > 0)
+    else:
+        validations = args.num_epochs - progress.epoch + (not progress.samples)
+    return (last_step - progress.step) * update + validations * max(validating, default=0.0)
 
 
 def validate(validator: Validator | None, health: Health, reporter: Reporter, step: int) -> float:
@@ -274,7 +290,7 @@ def build(
         accumulation=args.gradient_accumulation_steps,
         scaler=scaler,
         reduce_gradients=partial(parallel.reduce_gradients, parallel_model, dummy, args.precision),
-        parts=trained_parts(model),
+        parts=model_parts(model, trained=True),
     )
     lanes = next(iter(options.values())).lanes
     state = TrainState(args, world, plan, model, trainer, lanes, start.started_from, flops)

@@ -104,13 +104,16 @@ class Concerns:
         self._lines = 0
         self._counted = 0  # updates since the first log line, which has the start in it
         self._shares: Counter[str] = Counter()  # of these, summed
+        self._sees = False  # whether a validation has shown that it looks at its images
         self._told: set[str] = set()
 
     def find(self, step: int, values: Mapping[str, Any]) -> list[str]:
         """`values`: of a log line or a validation after update `step`."""
         found = self._of_log_line(step, values) if "data_wait" in values else {}
-        for name, gain in values.items():
-            if name.startswith("image_gain_") and gain is not None and step >= 1000 and gain < 0.01:
+        gains = {name: gain for name, gain in values.items() if name.startswith("image_gain_") and gain is not None}
+        self._sees = self._sees or max(gains.values(), default=0.0) > 0.1
+        for name, gain in gains.items():
+            if step >= 1000 and gain < 0.01:
                 found[name] = (
                     f"after {step:,} updates the model hardly looks at its images: on {name[11:]} its loss is only {gain:.4f} higher with "
                     "those of other samples. Try a higher --learning_rate, a smaller --cross_attn_every_n_layers, or captions that say "
@@ -141,7 +144,9 @@ class Concerns:
                 f"{shares['padding']:.0%} of all tokens are padding: texts differ much in length; smaller batches with more "
                 "--gradient_accumulation_steps have less of it"
             )
-        if step >= 1000 and values["gate_attention"] < 0.01:
+        if (
+            step >= 1000 and values["gate_attention"] < 0.01 and not self._sees
+        ):  # small models see through gates of 0.007
             found["gates"] = (
                 f"after {step:,} updates the gates of cross-attention are all but shut (mean |tanh| {values['gate_attention']:.4f}): "
                 "images change nothing that the language model computes. Try a higher --learning_rate, or a shorter warm-up"

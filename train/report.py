@@ -7,7 +7,6 @@ import os
 import secrets
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -23,6 +22,7 @@ from open_flamingo.train.checkpoint.resume import TrainState
 from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.metrics import Concerns
 from open_flamingo.train.page import CAPTIONS, IMAGES, METRICS, PAGE, STARTS, image_path, write_page
+from open_flamingo.train.step import part_sizes
 from open_flamingo.train.validation import Caption
 
 log = logging.getLogger(__name__)
@@ -52,21 +52,13 @@ def setup_logging(rank: int) -> None:
     root.propagate = False
 
 
-_PARTS = {"vision_encoder": "vision encoder", "perceiver": "resampler", "lang_encoder": "language model"}
-
-
 def describe(state: TrainState, options: dict[str, DataOptions], step: int) -> None:
     """Logs at the start what will happen. `step`: updates done."""
     world, plan = state.world, state.plan
     log.info("%s: %d x %s, %s", world.launcher, world.world_size, world.device.type, state.args.precision)
-    for title, trained in (("trained", True), ("frozen", False)):
-        parts: Counter[str] = Counter()
-        for name, parameter in state.model.named_parameters():
-            if parameter.requires_grad == trained:
-                part = "gated cross-attention" if "gated_cross_attn" in name else _PARTS.get(name.split(".")[0], name)
-                parts["new token rows" if trained and part == "language model" else part] += parameter.numel()
+    for title, parts in part_sizes(state.model):
         each = ", ".join(f"{part} {count:,}" for part, count in parts.items())
-        log.info("%s parameters: %s (%s)", title, f"{parts.total():,}", each)
+        log.info("%s parameters: %s (%s)", title, f"{sum(parts.values()):,}", each)
     for kind, option in options.items():
         log.info(
             "%s: %d shards, %d samples per rank and batch, %d per update, %d loader processes per rank",

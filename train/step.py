@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
 
 import torch
@@ -83,19 +83,33 @@ class Trainer:
     accumulation: int = 1
     scaler: LossScaler | None = None  # for fp16
     reduce_gradients: Callable[[], None] = lambda: None  # where the pass that should have averaged them was left out
-    parts: dict[str, list[nn.Parameter]] = field(default_factory=dict)  # what is trained, see `trained_parts`
+    parts: dict[str, list[nn.Parameter]] = field(default_factory=dict)  # what is trained, see `model_parts`
     part_norms: dict[str, torch.Tensor] = field(default_factory=dict)  # of the last gradient that is logged
     clipped: torch.Tensor | float = 0.0  # updates whose gradient was clipped, since the last log line
     seconds: list[float] = field(default_factory=list)  # of each update since then
 
 
-def trained_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def model_parts(model: nn.Module, trained: bool) -> dict[str, list[nn.Parameter]]:
+    """The parameters of a Flamingo that are trained, or those that are not, by part."""
     parts: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "resampler" if name.startswith("perceiver") else "new_rows"
-            parts["cross_attention" if "gated_cross_attn" in name else part].append(parameter)
+        if parameter.requires_grad == trained:
+            part = {"vision_encoder": "vision_encoder", "perceiver": "resampler"}.get(
+                name.split(".")[0], "language_model"
+            )
+            if "gated_cross_attn" in name:
+                part = "cross_attention"
+            elif trained and part == "language_model":
+                part = "new_rows"
+            parts[part].append(parameter)
     return dict(parts)
+
+
+def part_sizes(model: nn.Module) -> Iterator[tuple[str, dict[str, int]]]:
+    """("trained", its parameters by part), then ("frozen", …)."""
+    for title, trained in (("trained", True), ("frozen", False)):
+        parts = model_parts(model, trained)
+        yield title, {part.replace("_", " "): sum(p.numel() for p in of) for part, of in parts.items()}
 
 
 def train_step(
