@@ -231,7 +231,7 @@ def test_learn_says_what_each_validation_said(folder: Path, monkeypatch: pytest.
     flags = ["--cross_attn_every_n_layers=1", "--val_samples=3", "--val_captions=1"]
     rows = learn.measure(folder, 4, flags, backbones=tiny.write_backbones(folder))
     assert [row.update for row in rows] == [0, 1, 2, 3, 4]
-    assert rows[0].gain_seen == rows[0].gain_held_out == 0  # the gates are shut
+    assert rows[0].gain_seen != 0  # the gates are open
     assert rows[-1].loss_seen != rows[0].loss_seen
     assert f"{rows[-1].loss_held_out:.2f}" in learn.describe(rows, learn.tokens_per_caption(folder, "lm"))
     assert (folder / learn.RUN / "report.html").exists()
