@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import open_flamingo
-from benchmarks import curve, gpu, loading, report, saving, start, steps
-from benchmarks.child import ROOT
+from benchmarks import curve, gpu, learn, loading, report, saving, start, steps
+from benchmarks.child import FOLDER, ROOT
 from benchmarks.shapes import SHAPES
 
 
@@ -53,6 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
     curves = commands.add_parser("curve", parents=[common], help="both trained on the same batches: two loss curves")
     curves.add_argument("--updates", type=int, default=300)
     curves.set_defaults(run=run_curve)
+
+    learning = commands.add_parser("learn", help="real backbones on real pictures, until they see: docs/learning.md")
+    learning.add_argument(
+        "--folder", type=Path, default=FOLDER / "real", help="of backbones and shards; made if missing"
+    )
+    learning.add_argument("--updates", type=int, default=150)
+    learning.add_argument(
+        "--gate", type=float, default=1.0, help="where the gates of attention start. 0: as the program"
+    )
+    learning.add_argument("--document", type=Path, default=report.DOCUMENT.with_name("learning.md"))
+    learning.add_argument("--no-write", action="store_true", help="print results only")
+    learning.add_argument("flags", nargs="*", help="after --: flags of the program in place of the recommended ones")
+    learning.set_defaults(run=run_learn)
 
     on_gpu = commands.add_parser("gpu", parents=[common], help="all rows of a GPU in under eight minutes")
     on_gpu.add_argument("--budget", type=float, default=460, help="seconds after which nothing is waited for")
@@ -105,6 +120,12 @@ def run_curve(args: argparse.Namespace) -> None:
     if not args.no_write and (image := curve.plot(losses, args.document)):
         text += f"\n\n![loss curves](images/{image})"
     finish(args, "curve", text)
+
+
+def run_learn(args: argparse.Namespace) -> None:
+    subprocess.run([sys.executable, "-m", "benchmarks.real", str(args.folder)], cwd=ROOT, check=True)
+    rows = learn.measure(args.folder, args.updates, args.flags, args.gate)
+    finish(args, "learn", learn.describe(rows, learn.tokens_per_caption(args.folder)))
 
 
 def run_gpu(args: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""train.py on a disk that takes its time: long enough that a test can kill the run while a checkpoint is being written."""
+"""train.py on a disk that takes its time: long enough that a test can kill the run while a checkpoint is being written.
+
+Seconds per fsync: OPEN_FLAMINGO_TEST_FSYNC, or 0.2.
+"""
 
 import os
 import time
@@ -9,7 +12,7 @@ fsync = os.fsync
 
 
 def slow_fsync(descriptor: int) -> None:
-    time.sleep(0.2)
+    time.sleep(float(os.environ.get("OPEN_FLAMINGO_TEST_FSYNC", "0.2")))
     fsync(descriptor)
 
 

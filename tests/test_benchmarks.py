@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import child as child_module
-from benchmarks import gpu, loading, reference, report, saving, shards, steps
+from benchmarks import gpu, learn, loading, real, reference, report, saving, shards, steps
 from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights, write_backbones
 from benchmarks.child import ROOT, Child
 from benchmarks.shapes import SHAPES, Shape, Text, draw_batches, gpt_neox, needed_flops, vit
 from open_flamingo import create_model_and_transforms
+from tests import tiny
 from tests.conftest import only_at_length
 
 
@@ -204,3 +206,26 @@ def test_a_result_replaces_the_last_one(tmp_path: Path) -> None:
     assert "from there" in document.read_text()
     assert "fast" not in document.read_text()
     assert document.read_text().count("begin: two") == 1
+
+
+@only_at_length
+def test_learn_says_what_each_validation_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On toys: twelve pictures, tiny backbones."""
+    monkeypatch.setattr(real, "HELD_OUT", 3)
+    monkeypatch.setattr(real, "SHARDS", 1)
+    pictures = folder / "package" / "img" / "google" / "64"
+    pictures.mkdir(parents=True)
+    emoji = []
+    for number in range(12):
+        Image.effect_noise((64, 64), 20 * number).convert("RGBA").save(pictures / f"{number}.png")
+        emoji.append({"short_name": f"thing_{number}", "image": f"{number}.png", "category": "Objects"})
+    (folder / "package" / "emoji.json").write_text(json.dumps(emoji))
+    real.write_shards(folder)
+
+    flags = ["--cross_attn_every_n_layers=1", "--val_samples=3", "--val_captions=1"]
+    rows = learn.measure(folder, 3, flags, backbones=tiny.write_backbones(folder))
+    assert [row.update for row in rows] == [0, 1, 2, 3]
+    assert rows[0].gain_seen != 0  # the gates are open
+    assert rows[-1].loss_seen != rows[0].loss_seen
+    assert f"{rows[-1].loss_held_out:.2f}" in learn.describe(rows, learn.tokens_per_caption(folder, "lm"))
+    assert (folder / learn.RUN / "report.html").exists()

@@ -137,7 +137,7 @@ def wait_for(condition, process) -> None:
     "nothing is lost: the run goes on bit for bit",
     "epoch repeated; no data position, no random state",
 )
-def test_kill_9_at_any_moment_loses_nothing(flags: list[str], tmp_path: Path) -> None:
+def test_kill_9_at_any_moment_loses_nothing(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at random moments, and once while a checkpoint is being written; started again each time with the same
     command. The final checkpoint is that of the run never killed, bit for bit."""
     program = ROOT / "tests" / "slow_disk.py"
@@ -152,6 +152,8 @@ def test_kill_9_at_any_moment_loses_nothing(flags: list[str], tmp_path: Path) ->
         return len(lines.read_text().splitlines()) if lines.exists() else 0
 
     for moment in ("saving", "training", "training") if AT_LENGTH else ("saving", "training"):
+        # So long that it cannot have ended before everything is killed.
+        monkeypatch.setenv("OPEN_FLAMINGO_TEST_FSYNC", "600" if moment == "saving" else "0.2")
         process = run_ranks(2, program, *flags, f"--run_name={run}")
         before = updates_done()
         wait_for(lambda before=before: updates_done() > before, process)
