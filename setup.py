@@ -40,6 +40,7 @@ setup(
         "open_flamingo.train.checkpoint",
         "open_flamingo.train.data",
         "open_flamingo.scripts",
+        "open_flamingo.scripts.convert",
         "open_flamingo.scripts.demo",
     ],
     package_dir={
@@ -48,14 +49,21 @@ setup(
         "open_flamingo.train.checkpoint": "train/checkpoint",
         "open_flamingo.train.data": "train/data",
         "open_flamingo.scripts": "scripts",
+        "open_flamingo.scripts.convert": "scripts/convert",
         "open_flamingo.scripts.demo": "scripts/demo",
     },
     install_requires=requirements("requirements.txt"),
-    extras_require={"training": TRAINING, "test": TRAINING + TEST, "benchmark": [*TRAINING, "matplotlib"]},
+    extras_require={
+        "training": TRAINING,
+        "convert": [*TRAINING, "pyarrow"],  # for Parquet
+        "test": [*TRAINING, *TEST, "pyarrow"],
+        "benchmark": [*TRAINING, "matplotlib"],
+    },
     entry_points={
         "console_scripts": [
             "open-flamingo-train=open_flamingo.train.train:main",
             "open-flamingo-report=open_flamingo.train.page:main",
+            "open-flamingo-convert=open_flamingo.scripts.convert.__main__:main",
             "open-flamingo-convert-mmc4=open_flamingo.scripts.convert_mmc4_to_wds:main",
         ]
     },

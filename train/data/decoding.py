@@ -1,4 +1,4 @@
-"""Bytes of a stranger's image → a Pillow image, of the kinds that are found on the web. The MMC4 converter imports it: no torch."""
+"""Bytes of a stranger's image → a Pillow image, of the kinds that are found on the web. The converter imports it: no torch."""
 
 import io
 

@@ -1,5 +1,6 @@
 """LAION: one image and its caption."""
 
+import json
 from typing import Any
 
 from open_flamingo.train.data.images import ImagePreparer
@@ -8,13 +9,14 @@ from open_flamingo.train.data.samples import Drop, Sample, SampleError, check_su
 from open_flamingo.train.data.text import TextEncoder
 
 MAX_TOKENS = 32
-IMAGE_SUFFIXES = ("jpg", "png", "jpeg")  # the first that exists
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")  # the first that exists
 
 
 class LaionPreparer:
-    """Raw sample (`jpg`, `png` or `jpeg`, and `txt`) → `<image>{caption}<|endofchunk|>{eos}` and one image.
+    """Raw sample (`jpg`, `png`, `jpeg` or `webp`, and `txt`) → `<image>{caption}<|endofchunk|>{eos}` and one image.
 
-    Drops `no_caption`, `no_image`, `image_too_large`; errors `unknown_suffix`, `bad_caption` (not UTF-8) and `corrupt_image`.
+    Without a `txt`, the caption is `caption` in the `json` that img2dataset writes. Drops `no_caption`, `no_image`,
+    `image_too_large`; errors `unknown_suffix`, `bad_caption` (not UTF-8, no JSON) and `corrupt_image`.
     """
 
     def __init__(self, tokenizer: Any, prepare_image: ImagePreparer) -> None:
@@ -23,15 +25,28 @@ class LaionPreparer:
 
     def __call__(self, raw: RawSample, randomness: Randomness, counts: Counts) -> Sample:
         image = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
-        if image is None or "txt" not in raw:
+        caption = self._caption(raw)
+        if image is None or caption is None:
             check_suffixes(raw, (*IMAGE_SUFFIXES, "txt"))
-            raise Drop("no_image" if "txt" in raw else "no_caption")
+            raise Drop("no_caption" if caption is None else "no_image")
         if self.prepare_image.exceeds_max_pixels(image):
             raise Drop("image_too_large")
-        try:
-            caption = raw["txt"].decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise SampleError("bad_caption", str(error)) from error
         input_ids = self.encode(["", caption])
         pixels = self.prepare_image(image, flip=randomness.flip(0))
         return Sample([pixels], input_ids, f"{raw['__url__']}#{raw['__key__']}")
+
+    def _caption(self, raw: RawSample) -> str | None:
+        try:
+            if "txt" in raw:
+                return raw["txt"].decode("utf-8").strip()
+            if "json" not in raw:
+                return None
+            # Numbers as floats: one of a million digits takes hours to become an int.
+            fields = json.loads(raw["json"], parse_int=float)
+            caption = fields.get("caption") if isinstance(fields, dict) else None
+            if isinstance(caption, str):
+                caption.encode()  # a lone half of a surrogate pair (\ud800): no tokenizer takes it
+                return caption.strip()
+            return None
+        except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
+            raise SampleError("bad_caption", str(error)) from error
