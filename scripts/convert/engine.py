@@ -92,8 +92,7 @@ def convert(form: Format, out: Path, size: int, workers: int) -> None:
     paths = form.inputs()
     found = {path: form.describe(path) for path in paths}
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(".*.tmp"):  # of a run that was killed
-        leftover.unlink()
+    _remove_leftovers(out)
 
     with ProcessPoolExecutor(workers, initializer=_exit_with_parent) as pool:
         blocks = _blocks(pool, form, out, size, found)
@@ -112,7 +111,13 @@ def convert(form: Format, out: Path, size: int, workers: int) -> None:
                 entries.append(entry)
                 totals += Counter(entry["counts"])
                 bar.update(entry["counts"].get("documents", 0) + entry["counts"].get("bad_documents", 0))
+    _remove_leftovers(out)  # a worker of a killed run may have begun another shard before it noticed
     _report(form, out, shards, totals, entries, [path for path, size in found.items() if size is None])
+
+
+def _remove_leftovers(out: Path) -> None:
+    for leftover in out.glob(".*.tmp"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
 
 
 def _blocks(
