@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -91,12 +92,32 @@ def test_long_logs_are_thinned(tmp_path: Path) -> None:
     assert {y for _, y in points} == {0.5}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: tests/launch/install.sh installs it")
-def test_a_browser_draws_every_chart(run: Path) -> None:
+def browse(page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += ["--virtual-time-budget=10000", "--dump-dom", (run / "report.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True)
+    shown = subprocess.run(
+        [*command, "--virtual-time-budget=10000", *flags, page.as_uri()], capture_output=True, text=True
+    )
     assert "CONSOLE" not in shown.stderr, shown.stderr
-    for figure in re.findall("<figure>.*?</figure>", shown.stdout, re.DOTALL):
-        assert 'class="main-svg"' in figure
-    assert shown.stdout.count("<figure>") == len(CHARTS)
+    return shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: tests/launch/install.sh installs it")
+def test_a_browser_draws_every_chart_on_a_phone_and_in_print(run: Path) -> None:
+    """OPEN_FLAMINGO_TEST_OUTPUT: a folder that keeps screenshots."""
+    page = run / "report.html"
+    output = Path(os.environ.get("OPEN_FLAMINGO_TEST_OUTPUT", run)).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    measuring = run / "measuring.html"
+    script = "<script>addEventListener('load', () => setTimeout(() => document.body.append(`widths: ${document.scrollingElement.scrollWidth} ${innerWidth}`), 5000))</script>"
+    measuring.write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    for width in (1280, 500):  # no window of Chromium is narrower
+        shown = browse(measuring, f"--window-size={width},900", "--dump-dom").stdout
+        for figure in re.findall("<figure>.*?</figure>", shown, re.DOTALL):
+            assert 'class="main-svg"' in figure
+        assert shown.count("<figure>") == len(CHARTS)
+        whole, window = map(int, re.findall(r"widths: (\d+) (\d+)<", shown)[0])
+        assert whole <= window <= width
+        browse(page, f"--window-size={width},6000", f"--screenshot={output}/report-{width}.png")
+        assert (output / f"report-{width}.png").stat().st_size > 50_000
+    browse(page, f"--print-to-pdf={output}/report.pdf")
+    assert len(re.findall(rb"/Type ?/Page\b", (output / "report.pdf").read_bytes())) > 2

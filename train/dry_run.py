@@ -36,10 +36,8 @@ from open_flamingo.train.schedule import Plan
 from open_flamingo.train.step import part_sizes
 from open_flamingo.weights import trained_tensors
 
-UTILIZATION, LINK_SHARE = (
-    0.4,
-    0.8,
-)  # of a GPU's matrix rate and of its links' that a run reaches; an H200 reached 43 % with 3B
+UTILIZATION = 0.4  # of a GPU's matrix rate; an H200 reached 43 % with 3B
+LINK_SHARE = 0.8  # of its links' rates
 SAMPLES, SECONDS = 256, 15.0  # of each dataset that are read, at most
 LANES = 8  # shards that are read side by side
 MAX_TOKENS = {"laion": laion.MAX_TOKENS, "mmc4": mmc4.MAX_TOKENS}
@@ -67,6 +65,21 @@ class Screen:
             self._title = title
 
 
+@dataclass
+class PlannedRun:
+    """What the flags describe."""
+
+    args: Namespace
+    plan: Plan
+    options: dict[str, DataOptions]
+    strategy: Strategy
+    gpu: Accelerator | None
+    screen: Screen
+    surveys: dict[str, "Survey"] = field(default_factory=dict)
+    units: tuple[estimate.Unit, ...] = ()
+    checkpoint: int = 0  # bytes
+
+
 def dry_run(args: Namespace) -> int:
     """Says what the run would be. Returns 0, or 1 where something will fail or is very likely wrong."""
     setup_logging(rank=0)
@@ -87,11 +100,15 @@ def examine(args: Namespace, screen: Screen) -> None:
     """Raises UserError where the run could not begin, and DataError where its data cannot be read."""
     ranks = args.dry_run_ranks or int(os.environ.get("WORLD_SIZE", 1))
     world = World("dry run", world_size=ranks, local_world_size=min(ranks, estimate.GPUS_OF_NODE))
-    gpu = find_gpu(args.dry_run_gpu)
     with user_error("cannot start"):
         plan = Plan.from_flags(args, ranks)
         sharding = parallel.sharding_from_flags(args, world)
-        options = data_options(args, world, None)
+        strategy = Strategy("DDP", ranks, 1, False)
+        if sharding is not None:
+            strategy = Strategy(
+                f"FSDP {args.fsdp_sharding_strategy}", ranks, sharding.shard_size, sharding.shard_frozen
+            )
+        planned = PlannedRun(args, plan, data_options(args, world, None), strategy, find_gpu(args.dry_run_gpu), screen)
     with user_error("cannot build the model", MODEL_FLAGS):
         model, image_processor, tokenizer = create_model_and_transforms(
             args.vision_encoder_path,
@@ -111,30 +128,22 @@ def examine(args: Namespace, screen: Screen) -> None:
         each = ", ".join(f"{part} {count / 1e6:,.1f}" for part, count in parts.items())
         screen.say("model", f"{sum(parts.values()) / 1e6:,.1f} M parameters {title}: {each}")
 
-    surveys = {}
-    for kind, option in options.items():
-        surveys[kind] = survey(option, tokenizer, image_processor)
-        say_data(kind, option, surveys[kind], plan, screen)
+    for kind, option in planned.options.items():
+        planned.surveys[kind] = survey(option, tokenizer, image_processor)
+        say_data(kind, planned)
 
     image = image_processor(Image.new("RGB", (64, 64)))
     flops = None
     with suppress(Exception):  # of a tower that cannot be counted there is no figure
         flops = ModelFlops.of(model, image)
-    checkpoint = checkpoint_size(model)
+    planned.checkpoint = checkpoint_size(model)
     cast_frozen_weights(model, args.precision)
-    strategy = Strategy("DDP", ranks, 1, False)
-    if sharding is not None:
-        strategy = Strategy(f"FSDP {args.fsdp_sharding_strategy}", ranks, sharding.shard_size, sharding.shard_frozen)
-    batches = {
-        kind: BatchSize(option.batch_size, MAX_TOKENS[kind], math.ceil(mean(surveys[kind].images)))
-        for kind, option in options.items()
-    }
-    units = estimate.unit_pieces(model)
-    say_memory(args, model, units, strategy, batches, image.shape[-2:], gpu, checkpoint, screen)
+    planned.units = estimate.unit_pieces(model)
+    say_memory(planned, model, image.shape[-2:])
     if flops is not None:
-        say_time(args, flops, units, strategy, options, surveys, plan, gpu, screen)
-    say_disk(args, checkpoint, screen)
-    say_schedule(args, plan, screen)
+        say_time(planned, flops)
+    say_disk(planned)
+    say_schedule(planned)
     if args.report_to_wandb and not args.offline:
         with user_error("cannot start"):
             log_in_to_wandb()
@@ -144,7 +153,8 @@ def find_gpu(name: str | None) -> Accelerator | None:
     """That of --dry_run_gpu, else the one that is here, if it is known."""
     if name is None and torch.cuda.is_available():
         here = torch.cuda.get_device_name()
-        name = next((gpu.name for gpu in reversed(ACCELERATORS) if gpu.name in here), None)
+        found = next((gpu for gpu in reversed(ACCELERATORS) if gpu.name in here), None)
+        return found and replace(found, memory=torch.cuda.get_device_properties(0).total_memory)
     return next((gpu for gpu in ACCELERATORS if gpu.name == name), None)
 
 
@@ -198,7 +208,8 @@ def survey(option: DataOptions, tokenizer: Any, image_processor: Any) -> Survey:
     return found
 
 
-def say_data(kind: str, option: DataOptions, found: Survey, plan: Plan, screen: Screen) -> None:
+def say_data(kind: str, planned: PlannedRun) -> None:
+    option, found, plan, screen = planned.options[kind], planned.surveys[kind], planned.plan, planned.screen
     kept, left_out = len(found.tokens), found.dropped.total() + found.errors.total()
     paths = [path for url in option.shards if (path := local_path(url)) is not None]
     shards = f"{len(option.shards):,} shards"
@@ -241,20 +252,16 @@ def count_samples(path: str) -> int:
 # Memory, time, disk
 
 
-def say_memory(
-    args: Namespace,
-    model: Flamingo,
-    units: tuple[estimate.Unit, ...],
-    strategy: Strategy,
-    batches: dict[str, BatchSize],
-    image_size: Any,
-    gpu: Accelerator | None,
-    checkpoint: int,
-    screen: Screen,
-) -> None:
+def say_memory(planned: PlannedRun, model: Flamingo, image_size: Any) -> None:
+    args, units, strategy, gpu, screen = planned.args, planned.units, planned.strategy, planned.gpu, planned.screen
+    batches = [
+        BatchSize(option.batch_size, MAX_TOKENS[kind], math.ceil(mean(planned.surveys[kind].images)))
+        for kind, option in planned.options.items()
+    ]
+
     def measured(recompute: bool, divisor: int = 1) -> Passes:
         model.set_gradient_checkpointing(recompute)
-        sizes = [size._replace(rows=max(1, size.rows // divisor)) for size in batches.values()]
+        sizes = [size._replace(rows=max(1, size.rows // divisor)) for size in batches]
         return estimate.measure_passes(model, args.precision, sizes, image_size)
 
     passes = measured(args.gradient_checkpointing)
@@ -274,7 +281,7 @@ def say_memory(
     )
     totals = {name: estimate.peak_memory(units, *other) for name, other in others.items()}
     screen.say("memory", "with " + "; with ".join(f"{name} {size / GB:.1f} GB" for name, size in totals.items()))
-    kept = 0 if args.checkpoint_format == "sharded" else checkpoint
+    kept = 0 if args.checkpoint_format == "sharded" else planned.checkpoint
     screen.say("memory", f"host memory of rank 0 for checkpoints {kept / GB:.1f} GB")
     if gpu is not None and total > MEMORY_USED * gpu.memory:
         fitting = [name for name, size in totals.items() if size <= MEMORY_USED * gpu.memory]
@@ -284,17 +291,9 @@ def say_memory(
         )
 
 
-def say_time(
-    args: Namespace,
-    flops: ModelFlops,
-    units: tuple[estimate.Unit, ...],
-    strategy: Strategy,
-    options: dict[str, DataOptions],
-    surveys: dict[str, Survey],
-    plan: Plan,
-    gpu: Accelerator | None,
-    screen: Screen,
-) -> None:
+def say_time(planned: PlannedRun, flops: ModelFlops) -> None:
+    args, strategy, plan, gpu, screen = planned.args, planned.strategy, planned.plan, planned.gpu, planned.screen
+    options, surveys = planned.options, planned.surveys
     batches = args.gradient_accumulation_steps
     work = {
         kind: Work(*(value * option.batch_size * batches / len(surveys[kind].tokens) for value in surveys[kind].work))
@@ -313,7 +312,7 @@ def say_time(
         )
         return
     computing = needed / (gpu.flops * UTILIZATION)
-    calls = estimate.collectives(units, strategy, len(options) * batches)
+    calls = estimate.collectives(planned.units, strategy, len(options) * batches)
     sending = sum(call.seconds(gpu, LINK_SHARE) for call in calls) if strategy.ranks > 1 else 0.0
     hours = updates * (computing + sending) / 3600
     screen.say(
@@ -330,7 +329,8 @@ def say_time(
         screen.say("time", f"{kind}: each rank needs {wanted:,.0f} samples/s; --workers {args.workers} is {enough}")
 
 
-def say_disk(args: Namespace, checkpoint: int, screen: Screen) -> None:
+def say_disk(planned: PlannedRun) -> None:
+    args, checkpoint, screen = planned.args, planned.checkpoint, planned.screen
     folder = Path(args.run_name).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
@@ -348,7 +348,8 @@ def say_disk(args: Namespace, checkpoint: int, screen: Screen) -> None:
         )
 
 
-def say_schedule(args: Namespace, plan: Plan, screen: Screen) -> None:
+def say_schedule(planned: PlannedRun) -> None:
+    args, plan, screen = planned.args, planned.plan, planned.screen
     updates = plan.num_epochs * plan.updates_per_epoch
     then = {"constant": "stays there", "linear": "falls in a line to 0", "cosine": "falls along a cosine to 0"}[
         args.lr_scheduler
