@@ -45,6 +45,7 @@ class Watchdog:
         self.set_phase("the start")
         self._rank_0: _Report | None = None  # the last from the rank that keeps the store
         self._store: Any = world.store.clone() if world.store is not None and world.world_size > 1 else None
+        self._threads: list[threading.Thread] = []
         self._over, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._verdict: str | None = None
         self._heard = time.monotonic()  # from the store
@@ -53,7 +54,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         for loop in (self._heartbeat, self._watch) if self._store is not None else (self._watch,):
-            threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True).start()
+            self._threads.append(threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True))
+            self._threads[-1].start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -74,6 +76,8 @@ class Watchdog:
                 sys.stdout.flush()
                 os._exit(1)
         self._over.set()
+        for thread in self._threads:  # one that still waits for the store when Python ends would abort the process
+            thread.join(timeout=10)
 
     def set_phase(self, phase: str, limited: bool = True) -> None:
         """The run has come to `phase`; all ranks call this in the same places. What is not `limited` (saving) may take any time: a line is

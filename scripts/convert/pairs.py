@@ -67,7 +67,8 @@ class Pairs(Table):
             caption, folder = self.caption(record), self.folder(path)
         suffix, data = as_pair_file(image_bytes(image, folder))
         counts["images"] += 1
-        return [(suffix, data), ("txt", caption.encode())]
+        # Training takes a webp only beside a json, as img2dataset writes them.
+        return [(suffix, data), ("txt", caption.encode()), *([("json", b"{}")] if suffix == "webp" else [])]
 
     def _beside(self, image: Path) -> str:
         """The caption in `{stem}.txt`, or in a field of `{stem}.json`."""

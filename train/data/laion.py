@@ -9,11 +9,11 @@ from open_flamingo.train.data.samples import Drop, Sample, SampleError, check_su
 from open_flamingo.train.data.text import TextEncoder
 
 MAX_TOKENS = 32
-IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")  # the first that exists
+IMAGE_SUFFIXES = ("jpg", "png", "jpeg")  # the first that exists
 
 
 class LaionPreparer:
-    """Raw sample (`jpg`, `png`, `jpeg` or `webp`, and `txt`) → `<image>{caption}<|endofchunk|>{eos}` and one image.
+    """Raw sample (`jpg`, `png` or `jpeg`, and `txt`; beside a `json`, `webp` too) → `<image>{caption}<|endofchunk|>{eos}` and one image.
 
     Without a `txt`, the caption is `caption` in the `json` that img2dataset writes. Drops `no_caption`, `no_image`,
     `image_too_large`; errors `unknown_suffix`, `bad_caption` (not UTF-8, no JSON) and `corrupt_image`.
@@ -24,7 +24,9 @@ class LaionPreparer:
         self.prepare_image = prepare_image
 
     def __call__(self, raw: RawSample, randomness: Randomness, counts: Counts) -> Sample:
-        image = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
+        # The reference drops samples of a webp; those of img2dataset, which have a json, are meant to be trained on.
+        suffixes = (*IMAGE_SUFFIXES, "webp") if "json" in raw else IMAGE_SUFFIXES
+        image = next((raw[suffix] for suffix in suffixes if suffix in raw), None)
         caption = self._caption(raw)
         if image is None or caption is None:
             check_suffixes(raw, (*IMAGE_SUFFIXES, "txt"))
