@@ -1,4 +1,4 @@
-"""The memory that `--dry_run` foretells, beside what processes then hold, on CPU ranks: the table of docs/performance.md.
+"""The memory that `--dry_run` estimates, beside what processes then hold, on CPU ranks: the table of docs/performance.md.
 
     python benchmarks/peak.py            # all cases, a few minutes on two cores
     torchrun --nproc-per-node=2 benchmarks/peak.py small amp_bf16 --fsdp     # one
@@ -84,7 +84,7 @@ def main() -> None:
     with distributed(detect_launcher()) as world:
         strategy = Strategy("", world.world_size, world.world_size if args.fsdp else 1, True)
         units = estimate.unit_pieces(paper)
-        foretold = estimate.peak_memory(
+        estimated = estimate.peak_memory(
             units, strategy, estimate.measure_passes(paper, args.precision, sizes, image_size)
         )
         ids = paper.media_token_id, paper.eoc_token_id, 0
@@ -96,7 +96,7 @@ def main() -> None:
         datasets = []
         for kind in ("laion", "mmc4"):
             rows = dict(batch[kind])
-            if kind == "mmc4":  # as many images in each row as there are slots: what was foretold
+            if kind == "mmc4":  # as many images in each row as there are slots: what was estimated
                 rows["image_counts"] = torch.full_like(rows["image_counts"], shape.mmc4.slots)
             datasets.append(TrainDataset(kind, 1.0, Fed([to_batch(kind, rows, ids, False)]), None, world.device))  # type: ignore[arg-type]
         trainer = Trainer(parallel, build_optimizer(model, 1e-4, 0.1), datasets, args.precision)
@@ -107,7 +107,7 @@ def main() -> None:
             train_step(trainer, 1e-4)
         measured = resident("VmHWM") - before
         if world.is_main:
-            print(json.dumps({"foretold": foretold, "measured": measured}), flush=True)
+            print(json.dumps({"estimated": estimated, "measured": measured}), flush=True)
         del parallel, trainer, model
 
 
@@ -120,14 +120,14 @@ def run_all() -> str:
         threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
         answer = subprocess.run(command, env=threads, stdout=subprocess.PIPE, text=True, check=True).stdout
         found = json.loads(answer.splitlines()[-1])
-        sizes = [f"{found[name] / 1e9:.2f}" for name in ("foretold", "measured")]
-        rows.append([str(ranks), shape, " ".join(flags), *sizes, f"{found['foretold'] / found['measured']:.2f}"])
+        sizes = [f"{found[name] / 1e9:.2f}" for name in ("estimated", "measured")]
+        rows.append([str(ranks), shape, " ".join(flags), *sizes, f"{found['estimated'] / found['measured']:.2f}"])
         print(rows[-1], flush=True)
-    return report.table(["ranks", "shape", "flags", "foretold, GB", "measured, GB", "ratio"], rows)
+    return report.table(["ranks", "shape", "flags", "estimated, GB", "measured, GB", "ratio"], rows)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         main()
     else:
-        report.write_section("peak memory foretold", "memory that a dry run foretells", run_all())
+        report.write_section("peak memory estimated", "memory that --dry_run estimates", run_all())

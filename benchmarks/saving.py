@@ -14,13 +14,8 @@ from benchmarks.steps import prepare
 CASES = {"reference": {}, "ours, file": {"sharded": False}, "ours, sharded": {"sharded": True}}
 
 
-def measure(
-    shape: Shape, precision: str, rounds: int, only_ours: bool, resident: bool = True
-) -> dict[str, list[dict[str, float]]]:
-    """Case → for each round, seconds that the loop stands still, seconds until the checkpoint is on disk, and its bytes.
-
-    `resident`: as for `steps.compare`.
-    """
+def measure(shape: Shape, precision: str, rounds: int, only_ours: bool) -> dict[str, list[dict[str, float]]]:
+    """Case → for each round, seconds that the loop stands still, seconds until the checkpoint is on disk, and its bytes."""
     folder = prepare(shape)
     programs = {"ours": ["ours, file", "ours, sharded"]}
     if not only_ours:
@@ -35,13 +30,11 @@ def measure(
         return child
 
     with ExitStack() as stack:
-        children = {program: stack.enter_context(start(program)) for program in programs} if resident else {}
+        children = {program: stack.enter_context(start(program)) for program in programs}
         for _ in range(rounds):
             for program, cases in programs.items():
-                with ExitStack() as of_turn:
-                    child = children.get(program) or of_turn.enter_context(start(program))
-                    for case in cases:
-                        results[case].append(child.ask("save", **CASES[case]))
+                for case in cases:
+                    results[case].append(children[program].ask("save", **CASES[case]))
     return results
 
 

@@ -84,20 +84,15 @@ def compare(
     rounds: int,
     steps: int,
     only_ours: bool = False,
-    resident: bool = True,
     checkpointing: Collection[str] = (),
     compile_ours: bool = False,
-    chunks: int = 1,
 ) -> Comparison:
     """Measures both programs in turns: A B A B …
 
     Args:
         rounds: turns of each.
         steps: updates a turn.
-        resident: both processes live all the time, and one waits while the other works. Otherwise each is started anew for its
-            turn, for a GPU's memory that cannot hold both.
         checkpointing: which of "reference" and "ours" run with activation checkpointing.
-        chunks: how many times `steps` updates are measured in each turn.
 
     Raises ValueError where the programs do not compute the same losses.
     """
@@ -124,33 +119,34 @@ def compare(
         return Child(program.name, *arguments)
 
     with ExitStack() as stack:
-        children = {name: stack.enter_context(start(program)) for name, program in programs.items()} if resident else {}
+        children = {name: stack.enter_context(start(program)) for name, program in programs.items()}
         for turn in range(rounds):
             for name, program in programs.items():
-                with ExitStack() as of_turn:
-                    child = children.get(name) or of_turn.enter_context(start(program))
-                    if turn == 0:
-                        program.losses = child.ask("losses", count=CHECKED)
-                    elif not resident:
-                        child.ask("steps", count=2)
-                    child.ask("reset_memory")
-                    for _ in range(chunks):
-                        seconds, cpu = child.ask("steps", count=steps)
-                        program.seconds.append(seconds / steps)
-                        program.cpu_seconds.append(cpu / steps)
-                    program.memory = max(program.memory, child.ask("memory"))
-                    if (
-                        name == "ours"
-                    ):  # the rate varies with the machine's load, as the steps do: the best of the run counts
-                        for kind in {program.precision for program in programs.values()}:
-                            dtype = "float32" if kind == "fp32" else "bfloat16"
-                            rate = child.ask("rate", dtype=dtype)
-                            comparison.rates[kind] = max(rate, comparison.rates.get(kind, 0.0))
-                    if turn == rounds - 1:
-                        program.parts = child.ask("parts", count=max(2, steps // 2))
+                child = children[name]
+                if turn == 0:
+                    program.losses = child.ask("losses", count=CHECKED)
+                measure_turn(child, program, steps)
+                if (
+                    name == "ours"
+                ):  # the rate varies with the machine's load, as the steps do: the best of the run counts
+                    for kind in {program.precision for program in programs.values()}:
+                        dtype = "float32" if kind == "fp32" else "bfloat16"
+                        rate = child.ask("rate", dtype=dtype)
+                        comparison.rates[kind] = max(rate, comparison.rates.get(kind, 0.0))
+                if turn == rounds - 1:
+                    program.parts = child.ask("parts", count=max(2, steps // 2))
             if turn == 0 and not only_ours:
                 comparison.check()
     return comparison
+
+
+def measure_turn(child: Child, program: Program, steps: int) -> None:
+    """Seconds and memory of `steps` more updates."""
+    child.ask("reset_memory")
+    seconds, cpu = child.ask("steps", count=steps)
+    program.seconds.append(seconds / steps)
+    program.cpu_seconds.append(cpu / steps)
+    program.memory = max(program.memory, child.ask("memory"))
 
 
 def largest(

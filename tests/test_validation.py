@@ -280,5 +280,5 @@ def test_images_are_exchanged_within_groups_and_blanked() -> None:
 def test_what_is_left_foresees_validations(val_steps: int, progress: Progress, left: int) -> None:
     """Of two epochs of four updates."""
     flags = Namespace(val_steps=val_steps, num_epochs=2)
-    seconds = seconds_left(flags, progress, last_step=8, update=1.0, validating=[100.0])
+    seconds = seconds_left(flags, progress, last_step=8, update=1.0, validation=100.0)
     assert seconds == 8 - progress.step + 100 * left

@@ -181,11 +181,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--run_name", default="openflamingo3B",
         help="output folder and name of the run; starting again with the same one goes on from its newest checkpoint")
     add("--dry_run", action="store_true",
-        help="do not train: build the model without memory, read a little of the data, and say what the run would hold, "
-        "take and read; exit code 1 where something will fail or is very likely wrong. Needs no GPU")
-    add("--dry_run_ranks", type=positive_int, help="ranks of the run that is meant. Default: WORLD_SIZE, or 1")
+        help="do not train: build the model without memory, read a little of the data, and print the memory, time, disk space and "
+        "data of the run; exit code 1 where something will fail or is very likely wrong. Needs no GPU")
+    add("--dry_run_ranks", type=positive_int, help="number of ranks to plan for. Default: as launched")
     add("--dry_run_gpu", choices=["A100-40GB", "A100", "H100", "H200", "B200"],
-        help="GPU of the run that is meant. Default: the one that is here, if it is one of these")
+        help="GPU to plan for. Default: the one that is here, if it is one of these")
     add("--resume_from_checkpoint",
         help="checkpoint to start from, this program's or the reference's, while the run folder has none of its own")
     add("--allow_changed_flags", action="store_true",

@@ -11,14 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import mean, median
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from open_flamingo import Flamingo, create_model_and_transforms
+from open_flamingo import Flamingo
 from open_flamingo.train import estimate, parallel
 from open_flamingo.train.checkpoint import files
 from open_flamingo.train.data import laion, mmc4
@@ -26,10 +26,11 @@ from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.data.shards import local_path
-from open_flamingo.train.distributed import World
-from open_flamingo.train.errors import MODEL_FLAGS, UserError, user_error
+from open_flamingo.train.distributed import World, detect_launcher
+from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.estimate import ACCELERATORS, MEMORY_USED, Accelerator, BatchSize, Passes, Strategy
 from open_flamingo.train.flops import ModelFlops, Work
+from open_flamingo.train.model import FLAG_OF_ARGUMENT, model_from_flags
 from open_flamingo.train.precision import cast_frozen_weights
 from open_flamingo.train.report import log_in_to_wandb, setup_logging
 from open_flamingo.train.schedule import Plan
@@ -44,7 +45,7 @@ MAX_TOKENS = {"laion": laion.MAX_TOKENS, "mmc4": mmc4.MAX_TOKENS}
 GB = 1e9
 
 
-def human(number: float) -> str:
+def with_unit(number: float) -> str:
     """1.2 k, 3.4 M, …"""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -89,18 +90,15 @@ def dry_run(args: Namespace) -> int:
         examine(args, screen)
     except (UserError, DataError) as error:
         screen.problems.append(str(error))
-    for problem in screen.problems:
-        screen.say("no:", problem)
-    if not screen.problems:
-        screen.say("go", "nothing speaks against this run")
+    screen.say("problems", *(screen.problems or ["none found"]))
     return 1 if screen.problems else 0
 
 
 def examine(args: Namespace, screen: Screen) -> None:
     """Raises UserError where the run could not begin, and DataError where its data cannot be read."""
-    ranks = args.dry_run_ranks or int(os.environ.get("WORLD_SIZE", 1))
-    world = World("dry run", world_size=ranks, local_world_size=min(ranks, estimate.GPUS_OF_NODE))
     with user_error("cannot start"):
+        ranks = args.dry_run_ranks or detect_launcher().world_size
+        world = World("dry run", world_size=ranks, local_world_size=min(ranks, estimate.GPUS_OF_NODE))
         plan = Plan.from_flags(args, ranks)
         sharding = parallel.sharding_from_flags(args, world)
         strategy = Strategy("DDP", ranks, 1, False)
@@ -109,20 +107,8 @@ def examine(args: Namespace, screen: Screen) -> None:
                 f"FSDP {args.fsdp_sharding_strategy}", ranks, sharding.shard_size, sharding.shard_frozen
             )
         planned = PlannedRun(args, plan, data_options(args, world, None), strategy, find_gpu(args.dry_run_gpu), screen)
-    with user_error("cannot build the model", MODEL_FLAGS):
-        model, image_processor, tokenizer = create_model_and_transforms(
-            args.vision_encoder_path,
-            args.vision_encoder_pretrained,
-            args.lm_path,
-            args.tokenizer_path or args.lm_path,
-            cross_attn_every_n_layers=args.cross_attn_every_n_layers,
-            use_local_files=args.offline,
-            freeze_lm_embeddings=args.freeze_lm_embeddings,
-            gradient_checkpointing=args.gradient_checkpointing,
-            trust_remote_code=args.trust_remote_code,
-            train_output_rows=args.train_output_rows,
-            meta=True,
-        )
+    with user_error("cannot build the model", FLAG_OF_ARGUMENT):
+        model, image_processor, tokenizer = model_from_flags(args, meta=True)
     check_weights(args, screen)
     for title, parts in part_sizes(model):
         each = ", ".join(f"{part} {count / 1e6:,.1f}" for part, count in parts.items())
@@ -218,17 +204,18 @@ def say_data(kind: str, planned: PlannedRun) -> None:
         some = paths[:: max(1, len(paths) // 4)][:4]
         samples = len(paths) * mean(count_samples(path) for path in some) * kept / max(1, kept + left_out)
         size = len(paths) * mean(os.path.getsize(path) for path in some)
-        shards += f", some {human(size)}B and {samples:,.0f} usable samples: the run reads each {asked / max(1.0, samples):,.2f} times"
+        shards += f", some {with_unit(size)}B and {samples:,.0f} usable samples: the run reads each {asked / max(1.0, samples):,.2f} times"
     screen.say(kind, shards)
     reasons = ", ".join(f"{reason} {count}" for reason, count in (found.dropped + found.errors).most_common())
     screen.say(
         kind, f"of {kept + left_out} samples read, {kept} are used" + (f"; left out: {reasons}" if reasons else "")
     )
+    most = sorted(found.tokens)[int(0.95 * kept)]
     cut = sum(count >= MAX_TOKENS[kind] for count in found.tokens) / max(1, kept)
     padding = 1 - found.work.tokens / max(1, found.positions)
     screen.say(
         kind,
-        f"tokens {median(found.tokens):.0f} (median), {quantiles(found.tokens, n=20)[-1]:.0f} (95 %), {cut:.0%} reach {MAX_TOKENS[kind]} and may be cut off; "
+        f"tokens {median(found.tokens):.0f} (median), {most} (95 %), {cut:.0%} reach {MAX_TOKENS[kind]} and may be cut off; "
         f"padding {padding:.0%}; images per sample {mean(found.images):.2f}; one worker here gives {kept / found.seconds:,.0f} samples/s",
     )
     if kept < 0.1 * (kept + left_out):
@@ -303,13 +290,9 @@ def say_time(planned: PlannedRun, flops: ModelFlops) -> None:
     needed = sum(flops.needed(whole).values())
     updates = plan.num_epochs * plan.updates_per_epoch
     all_ranks = updates * strategy.ranks
-    totals = (
-        f"{human(whole.tokens * all_ranks)} tokens and {human(whole.images * all_ranks)} images in {updates:,} updates"
-    )
+    totals = f"{with_unit(whole.tokens * all_ranks)} tokens and {with_unit(whole.images * all_ranks)} images in {updates:,} updates"
     if gpu is None:
-        screen.say(
-            "time", f"{needed / 1e12:,.1f} TFLOP per update and rank; {totals} (for hours, name a --dry_run_gpu)"
-        )
+        screen.say("time", f"{needed / 1e12:,.1f} TFLOP per update and rank; {totals} (for hours, give --dry_run_gpu)")
         return
     computing = needed / (gpu.flops * UTILIZATION)
     calls = estimate.collectives(planned.units, strategy, len(options) * batches)
@@ -318,7 +301,7 @@ def say_time(planned: PlannedRun, flops: ModelFlops) -> None:
     screen.say(
         "time",
         f"{needed / 1e12:,.1f} TFLOP per update and rank: {computing:.3g} s at {UTILIZATION:.0%} of {gpu.name}'s {gpu.flops / 1e12:,.0f} TFLOP/s, "
-        f"and {sending:.2g} s sending, most of it meanwhile",
+        f"and {sending:.2g} s sending, which overlaps with computing",
         f"{hours:,.2f} hours, {hours * strategy.ranks:,.1f} GPU hours for {totals}",
     )
     for kind, option in options.items():

@@ -3,16 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-# Argument of `create_model_and_transforms`, which its errors name → flag.
-MODEL_FLAGS = {
-    "clip_vision_encoder_path": "--vision_encoder_path",
-    "clip_vision_encoder_pretrained": "--vision_encoder_pretrained",
-    "lang_encoder_path": "--lm_path",
-    "tokenizer_path": "--tokenizer_path (by default that of --lm_path)",
-    "cross_attn_every_n_layers": "--cross_attn_every_n_layers",
-    "trust_remote_code=True": "--trust_remote_code",
-}
-
 
 class UserError(RuntimeError):
     """The run cannot be what the user asked for; the message says why and what to do."""

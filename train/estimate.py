@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from open_flamingo import Flamingo
 from open_flamingo.loss import LabeledPositions
 from open_flamingo.train.distributed import World
+from open_flamingo.train.flops import PEAK_FLOPS
 from open_flamingo.train.parallel import broadcast_from_rank0, units
 from open_flamingo.train.precision import autocast
 
@@ -47,11 +48,11 @@ class Accelerator:
 
 
 ACCELERATORS = (
-    Accelerator("A100-40GB", 312e12, 300e9, 25e9, 40e9),  # NVLink 3, HDR InfiniBand (200 Gb/s)
-    Accelerator("A100", 312e12, 300e9, 25e9, 80e9),
-    Accelerator("H100", 989e12, 450e9, 50e9, 80e9),  # NVLink 4, NDR InfiniBand (400 Gb/s)
-    Accelerator("H200", 989e12, 450e9, 50e9, 141e9),
-    Accelerator("B200", 2250e12, 900e9, 50e9, 180e9),
+    Accelerator("A100-40GB", PEAK_FLOPS["A100"], 300e9, 25e9, 40e9),  # NVLink 3, HDR InfiniBand (200 Gb/s)
+    Accelerator("A100", PEAK_FLOPS["A100"], 300e9, 25e9, 80e9),
+    Accelerator("H100", PEAK_FLOPS["H100"], 450e9, 50e9, 80e9),  # NVLink 4, NDR InfiniBand (400 Gb/s)
+    Accelerator("H200", PEAK_FLOPS["H200"], 450e9, 50e9, 141e9),
+    Accelerator("B200", PEAK_FLOPS["B200"], 900e9, 50e9, 180e9),
 )
 
 
@@ -240,7 +241,8 @@ class Held(NamedTuple):
 
 
 def held(units: Iterable[Unit], strategy: Strategy) -> Held:
-    """What a rank holds between two updates. Gradients are zeroed, not freed, and are of the parameters' type."""
+    """What a rank holds between two updates. Gradients, of the parameters' type, are among it: DDP keeps
+    them, and elsewhere an update begins with them."""
     parameters = gradients = optimizer = 0
     for piece in pieces(units):
         elements = piece.shard(strategy.shard) if is_sharded(piece, strategy) else piece.numel

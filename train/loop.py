@@ -4,7 +4,6 @@ import gc
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from open_flamingo import create_model_and_transforms
 from open_flamingo.train import parallel
 from open_flamingo.train.checkpoint import files, resume
 from open_flamingo.train.checkpoint.resume import ResumePoint, TrainState
@@ -23,12 +21,13 @@ from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.distributed import World, detect_launcher, distributed, raise_on_all_ranks, run_on_rank0
-from open_flamingo.train.errors import MODEL_FLAGS, UserError, user_error
+from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.flops import ModelFlops
 from open_flamingo.train.health import BAD_BATCHES, EXIT_STOPPED, Health, Signals
 from open_flamingo.train.libraries import check_libraries
 from open_flamingo.train.lock import run_lock
 from open_flamingo.train.metrics import measure
+from open_flamingo.train.model import FLAG_OF_ARGUMENT, model_from_flags
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.precision import LossScaler, cast_frozen_weights, choose_kernels
 from open_flamingo.train.report import Reporter, describe, log_in_to_wandb, setup_logging
@@ -131,12 +130,10 @@ def train(args: Namespace, world: World, watchdog: Watchdog) -> str | None:
             reporter.advance()
             if is_logged:
                 now = time.perf_counter() - sum(validating)
-                values = {"epoch": plan.epochs_done(progress)}
-                values |= measure(state, health, gradient_norm, now - logged)
+                values = {"epoch": plan.epochs_done(progress)} | measure(state, health, gradient_norm, now - logged)
                 values["lr"] = plan.rate_after(progress)
-                values["seconds_left"] = seconds_left(
-                    args, progress, last_step, (now - began) / (step - first_step), validating
-                )
+                update = (now - began) / (step - first_step)  # seconds
+                values["seconds_left"] = seconds_left(args, progress, last_step, update, max(validating, default=0.0))
                 reporter.log(step, values)
                 logged = now
 
@@ -183,22 +180,19 @@ def outcome(args: Namespace, health: Health, checkpoints: Checkpoints, step: int
 def validation_is_due(args: Namespace, progress: Progress, last_step: int) -> bool:
     if progress.step == last_step:
         return True
-    return (
-        itstime(progress.step, args.val_steps) if args.val_steps else not progress.samples
-    )  # no samples: an epoch's end
+    # No samples: an epoch's end.
+    return itstime(progress.step, args.val_steps) if args.val_steps else not progress.samples
 
 
-def seconds_left(
-    args: Namespace, progress: Progress, last_step: int, update: float, validating: Sequence[float]
-) -> float:
-    """Of the run after the update that led to `progress`, of an update's seconds and those of past validations. One that is due right
-    after it is still to come."""
+def seconds_left(args: Namespace, progress: Progress, last_step: int, update: float, validation: float) -> float:
+    """Of the run after the update that led to `progress`; a validation that is due right after it is still to come. `update` and
+    `validation`: seconds of one."""
     if args.val_steps:
         begun = (progress.step - 1) // args.val_steps
         validations = last_step // args.val_steps - begun + (last_step % args.val_steps > 0)
     else:
         validations = args.num_epochs - progress.epoch + (not progress.samples)
-    return (last_step - progress.step) * update + validations * max(validating, default=0.0)
+    return (last_step - progress.step) * update + validations * validation
 
 
 def validate(validator: Validator | None, health: Health, reporter: Reporter, step: int) -> float:
@@ -232,21 +226,9 @@ def build(
         sharding = parallel.sharding_from_flags(args, world)
     watchdog.set_phase("building the model")
     torch.manual_seed(args.seed)
-    with user_error("cannot build the model", MODEL_FLAGS), raise_on_all_ranks():
+    with user_error("cannot build the model", FLAG_OF_ARGUMENT), raise_on_all_ranks():
         # Rank 0 reads the weights; the others get theirs from it.
-        model, image_processor, tokenizer = create_model_and_transforms(
-            args.vision_encoder_path,
-            args.vision_encoder_pretrained,
-            args.lm_path,
-            args.tokenizer_path or args.lm_path,
-            cross_attn_every_n_layers=args.cross_attn_every_n_layers,
-            use_local_files=args.offline,
-            freeze_lm_embeddings=args.freeze_lm_embeddings,
-            gradient_checkpointing=args.gradient_checkpointing,
-            trust_remote_code=args.trust_remote_code,
-            train_output_rows=args.train_output_rows,
-            meta=not world.is_main,
-        )
+        model, image_processor, tokenizer = model_from_flags(args, meta=not world.is_main)
         # From here on, only the ranks that still build are behind.
         watchdog.set_phase("waiting for the models of the other ranks")
     with user_error("cannot resume"), raise_on_all_ranks():

@@ -45,6 +45,7 @@ class Format:
 
     flag = "mmc4_shards"  # of training, which takes the shards
     noun = "document"
+    image_advice = "Is --image_dir right?"  # where no image at all was found
 
     def settings(self) -> dict[str, Any]:
         """What decides what becomes of a row: another value needs another folder of shards."""
@@ -135,11 +136,6 @@ def _blocks(
         with atomic_write(out / SETTINGS) as file:
             file.write(json.dumps({**settings, "blocks": blocks}).encode())
     saved = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    if "zip_sizes" in saved:  # of the converter of version 3.0.0, which knew MMC4 only
-        sizes = saved["zip_sizes"]
-        saved["options"] = {}
-        saved["inputs"] = {path: None if size is None else f"{size} bytes" for path, size in sizes.items()}
-        saved["blocks"] = [(path, i, rows) for i, (path, rows) in enumerate(zip(sizes, saved["documents"]))]
     for was, now in zip_longest(_describe(saved), _describe(settings), fillvalue="nothing"):
         if was != now:
             raise ValueError(
@@ -149,8 +145,9 @@ def _blocks(
 
 
 def _describe(settings: dict[str, Any]) -> list[str]:
-    inputs = (f"{path}: {'missing' if size is None else size}" for path, size in settings["inputs"].items())
-    options = (f"{name} {value}" for name, value in settings["options"].items())
+    # Empty where another version of this program wrote them.
+    inputs = (f"{path}: {'missing' if size is None else size}" for path, size in settings.get("inputs", {}).items())
+    options = (f"{name} {value}" for name, value in settings.get("options", {}).items())
     return [f"num_files_per_shard {settings['num_files_per_shard']}", *options, *inputs]
 
 
@@ -228,13 +225,12 @@ def _report(
     examples: dict[str, str] = {}
     for entry in sorted(entries, key=lambda entry: entry["shard"]):
         examples = entry.get("examples", {}) | examples
-    if form.settings():
-        for reason, example in sorted(examples.items()):
-            print(f"  {reason}, for example: {example}")
-        if not totals["documents"]:
-            raise ValueError("nothing could be converted: the lines above say why")
-    if totals["documents"] and not totals["images"]:
-        print("NO IMAGE FOUND: nothing can be learned from these shards. --image_dir holds a folder per zip: 0, 1, …")
+    for reason, example in sorted(examples.items()):
+        print(f"  {reason}, for example: {example}")
+    if shards and not totals["documents"]:
+        raise ValueError("nothing could be converted: the lines above say why")
+    if shards and not totals["images"]:
+        print(f"NO IMAGE FOUND: nothing can be learned from these shards. {form.image_advice}")
     elif shards:
         more = form.advice(totals, max((entry.get("most_images", 0) for entry in entries), default=0))
         print(f"train on them with --{form.flag} '{out}/{{{0:09d}..{len(shards) - 1:09d}}}.tar'{more}")

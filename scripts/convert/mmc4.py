@@ -26,6 +26,7 @@ JPEG_QUALITY = 75  # the reference's (Pillow's default); training leaves out ima
 class Mmc4(Format):
     zip_files: str
     image_dir: Path
+    image_advice = "--image_dir holds a folder per zip: 0, 1, …"
 
     def inputs(self) -> list[str]:
         from braceexpand import braceexpand

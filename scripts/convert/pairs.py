@@ -6,7 +6,6 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from open_flamingo.scripts.convert.tables import IMAGE_FIELDS, IMAGE_SUFFIXES, T
 
 @dataclass
 class Pairs(Table):
-    """One image and its caption → `jpg`, `png` or `webp`, and `txt`."""
+    """One image and its caption → `jpg`, `png`, or `webp` with a `json`; and `txt`."""
 
     flag = "laion_shards"
     noun = "pair"
+    entry = "image"
 
     def inputs(self) -> list[str]:
         """A folder is its `metadata.csv`, `.jsonl` or `.parquet` (Hugging Face's imagefolder), or all folders of images in it."""
@@ -42,16 +42,8 @@ class Pairs(Table):
             raise ValueError(f"no image is in {', '.join(self.paths)}: looked for are {', '.join(IMAGE_SUFFIXES)}")
         return found
 
-    def describe(self, path: str) -> str | None:
-        return f"{len(images_of(path))} images" if os.path.isdir(path) else super().describe(path)
-
-    def blocks(self, index: int, path: str, size: int) -> list[tuple[int, int]]:
-        return [(0, len(images_of(path)))] if os.path.isdir(path) else super().blocks(index, path, size)
-
-    def rows(self, path: str, position: int) -> Iterator[Any]:
-        if not os.path.isdir(path):
-            return super().rows(path, position)
-        return ({"image": name} for name in images_of(path))
+    def entries(self, folder: str) -> list[str]:
+        return images_of(folder)
 
     def sample(self, path: str, row: Any, counts: Counter[str]) -> list[tuple[str, bytes]]:
         record = self.record(row)

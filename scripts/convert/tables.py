@@ -30,6 +30,17 @@ class Table(Format):
     image_dir: Path | None = None  # by default the folder of the table
     image_field: str | None = None
     caption_field: str | None = None
+    entry = ""  # field of the rows of a folder, whose values are names in it; "": folders are no input
+
+    def entries(self, folder: str) -> list[str]:
+        """Names in a folder, each a row."""
+        raise NotImplementedError
+
+    def is_folder(self, path: str) -> bool:
+        return bool(self.entry) and os.path.isdir(path)
+
+    def describe(self, path: str) -> str | None:
+        return f"{len(self.entries(path))} {self.entry}s" if self.is_folder(path) else super().describe(path)
 
     def settings(self) -> dict[str, Any]:
         options = {"image_dir": self.image_dir, "image_field": self.image_field, "caption_field": self.caption_field}
@@ -46,6 +57,8 @@ class Table(Format):
         return found
 
     def blocks(self, index: int, path: str, size: int) -> list[tuple[int, int]]:
+        if self.is_folder(path):
+            return [(0, len(self.entries(path)))]
         suffix = Path(path).suffix.lower()
         if suffix == ".parquet":
             metadata = parquet(path).metadata
@@ -63,7 +76,9 @@ class Table(Format):
 
     def rows(self, path: str, position: int) -> Iterator[Any]:
         suffix = Path(path).suffix.lower()
-        if suffix == ".parquet":
+        if self.is_folder(path):
+            yield from ({self.entry: name} for name in self.entries(path))
+        elif suffix == ".parquet":
             for batch in parquet(path).iter_batches(batch_size=64, row_groups=[position]):
                 yield from batch.to_pylist()
         elif suffix in (".csv", ".tsv"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,13 @@ class Video(Documents):
     """Of a folder, each folder of frames `a/` and video file `a.mp4` in it with the caption `a.txt`; or a table of them."""
 
     frames: int = 6
-    noun = "video"
+    noun = entry = "video"
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"frames": self.frames}
 
-    def describe(self, path: str) -> str | None:
-        return f"{len(videos_of(path))} videos" if os.path.isdir(path) else super().describe(path)
-
-    def blocks(self, index: int, path: str, size: int) -> list[tuple[int, int]]:
-        return [(0, len(videos_of(path)))] if os.path.isdir(path) else super().blocks(index, path, size)
-
-    def rows(self, path: str, position: int) -> Iterator[Any]:
-        if not os.path.isdir(path):
-            return super().rows(path, position)
-        return ({"video": name} for name in videos_of(path))
+    def entries(self, folder: str) -> list[str]:
+        return videos_of(folder)
 
     def parts(self, record: dict[str, Any], folder: Path, counts: Counter[str]) -> list[str | bytes]:
         name = choose(record, self.image_field, VIDEO_FIELDS, "no_video", "--image_field")

@@ -47,15 +47,13 @@ class Checkpoints:
         self._upload = upload
         self._stops = state.args.save_errors == "stop"
         self._is_sharded = state.args.checkpoint_format == "sharded"
-        trained = (
-            sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
-            if state.world.is_main
-            else 0
-        )
-        copies = HostCopies(0 if self._is_sharded else 3 * trained, state.world.device)  # weights and two moments
-        self._start: Callable[..., Callable[[], None]] = partial(start_file, copies)
+        self._start: Callable[..., Callable[[], None]]
         if self._is_sharded:  # with a process group of its own: the training goes on using the other
             self._start = partial(start_sharded, dist.new_group(backend="gloo"))
+        else:
+            trained = sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+            nbytes = 3 * trained if state.world.is_main else 0  # weights and two moments
+            self._start = partial(start_file, HostCopies(nbytes, state.world.device))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
 
