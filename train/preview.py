@@ -43,7 +43,9 @@ def preview(args: Namespace) -> int:
         with user_error(f"cannot write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:  # half of a surrogate pair, of broken data, is no UTF-8
-                file.write(page(args.run_name, firsts, tokenizer, image_processor).encode(errors="replace"))
+                file.write(
+                    page(path.parent.resolve().name, firsts, tokenizer, image_processor).encode(errors="replace")
+                )
     except (UserError, DataError) as error:
         log.error("%s", error)
         return 1

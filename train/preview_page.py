@@ -23,6 +23,7 @@ from open_flamingo.train.data.text import TextEncoder
 from open_flamingo.train.data.watched import FirstSamples, Seen
 from open_flamingo.train.page import COLORS, Charts, document
 
+MAX_TOKENS = {"laion": laion.MAX_TOKENS, "mmc4": mmc4.MAX_TOKENS}
 NO_LIMIT = 1 << 20  # tokens; no text that is looked at has as many
 MAX_CHARACTERS = 600  # of a text that is not trained on
 MAX_THUMBNAILS = 6  # of a sample that is left out
@@ -50,7 +51,7 @@ h3 { margin: 1.2rem 0 .2rem } .key { color: #666; font-size: 12px; overflow-wrap
 .tokens { line-height: 1.9; overflow-wrap: anywhere } .token { white-space: pre-wrap; border-radius: 3px; padding: .1rem 0; margin-right: 1px }
 .trained { background: #bfe8c5 } .masked { background: #e4e4e4; color: #555 } .padding { background: repeating-linear-gradient(45deg, #fff 0 4px, #ddd 4px 8px); color: #555; padding: .1rem .4rem }
 .special { outline: 1.5px solid #7b3fb5; color: #5a1f94; font-weight: 600 } .cut { color: #b00020; white-space: pre-wrap; overflow-wrap: anywhere }
-.image { display: inline-block; margin: .2rem .5rem; vertical-align: middle; text-align: center; line-height: 1.2 } .image img { display: block; width: 112px; margin: auto }
+.image { display: inline-block; margin: .2rem .5rem; vertical-align: middle; text-align: center; line-height: 1.2 } .image img { display: block; width: 150px; margin: auto }
 small { color: #666 } .under { color: #b00020 } .text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 900px } .problem { background: #fff3cd; padding: .5rem }
 """
 
@@ -66,7 +67,10 @@ def page(title: str, firsts: Sequence[FirstSamples], tokenizer: Any, image_proce
     sections = [Section(first, tokenizer, image_processor) for first in firsts]
     shown = "".join(section.samples() for section in sections)
     left_out = "".join(section.left_out() for section in sections)
-    body = f"<p>{facts}</p><p>{legend}</p><div class=grid>{''.join(charts(firsts))}</div>{shown}{left_out}"
+    histograms = f"<h2 id=histograms>Histograms of all samples that were read</h2><div class=grid>{''.join(charts(firsts))}</div>"
+    targets = [*(f"{first.options.kind}{part}" for part in ("", "_left_out") for first in firsts), "histograms"]
+    links = " · ".join(f"<a href='#{target}'>{target.replace('_', ' ')}</a>" for target in targets)
+    body = f"<p>{facts}</p><p>{links}</p><p>{legend}</p>{shown}{left_out}{histograms}"
     return document(f"Preview of {title}", body, STYLE)
 
 
@@ -78,21 +82,23 @@ class Section:
         self.options = first.options
         self.tokenizer = tokenizer
         self.prepare_image = ImagePreparer(image_processor, first.options.max_image_pixels)
-        self.max_tokens = laion.MAX_TOKENS if first.options.kind == "laion" else mmc4.MAX_TOKENS
+        self.max_tokens = MAX_TOKENS[first.options.kind]
         self.encode_whole = TextEncoder(tokenizer, NO_LIMIT)
 
     def samples(self) -> str:
         kind, first = self.options.kind, self.first
         problem = f"<p class=problem>{html.escape(first.problem)}</p>" if first.problem else ""
         blocks = "".join(self.sample(*row) for row in first.rows)
-        return f"<h2>{kind}: the first {len(first.rows)} samples</h2>{problem}{blocks}"
+        of = f"{plural(first.read, 'sample')} read for this page, {len(first.figures.tokens):,} of them can be used"
+        return f"<h2 id={kind}>{kind}: the first {len(first.rows)}</h2><p>{of}</p>{problem}{blocks}"
 
     def sample(self, seen: Seen, batch: Batch, row: int) -> str:
         assert seen.sample is not None
         length = len(seen.sample.input_ids)
         padding = batch.input_ids.shape[1] - length
         counted = int((batch.labels[row, 1:] != IGNORE).sum())
-        facts = f"{length} tokens, {counted} trained on, {padding} of padding in its batch of {len(batch.keys)}; {batch.image_counts[row]} images"
+        images = plural(batch.image_counts[row], "image")
+        facts = f"{plural(length, 'token')}, {counted} trained on, {padding} of padding in its batch of {len(batch.keys)}; {images}"
         return (
             f"<div class=sample><div class=key>{html.escape(batch.keys[row])}</div><small>{facts}</small>"
             f"<div class=tokens>{self.tokens(seen, batch, row)}</div>{self.cut_off(seen)}{self.matches(seen)}</div>"
@@ -161,14 +167,14 @@ class Section:
                 text = shortened(str(document["text_list"][sentence]))
             rows.append(f"<tr{names}><td>{shown}<td>{text}<td>{similarity:.4g}<td>{state}</tr>")
         others = len(document["image_info"]) - len(rows)
-        rest = f"<small>{others} images are in no pair: missing, icons under 11 kB, too large, or without a sentence left</small>"
-        head = "<tr><th>image<th>sentence that it stands before<th>similarity<th></tr>"
+        rest = f"<small>in no pair: {plural(others, 'image')} (missing, an icon under 11 kB, too large, or without a sentence left)</small>"
+        head = "<tr><th>image<th>sentence that it stands before<th>similarity<th>outcome</tr>"
         return f"<div class=wide><table>{head}{''.join(rows)}</table></div>{rest if others else ''}"
 
     def left_out(self) -> str:
         """Each reason with its number and examples."""
         kind, first = self.options.kind, self.first
-        parts = [f"<h2>{kind}: left out</h2>" if first.counts else f"<h2>{kind}: nothing is left out</h2>"]
+        parts = [f"<h2 id={kind}_left_out>{kind}: {'left out' if first.counts else 'nothing is left out'}</h2>"]
         for reason, count in first.counts.most_common():
             meaning = MEANING.get(reason) or first.errors.get(reason, "")
             parts.append(f"<h3>{html.escape(reason)}: {count:,}</h3><div class=text>{shortened(meaning)}</div>")
@@ -190,6 +196,10 @@ class Section:
             return image_html(self.prepare_image(data), "{} × {}".format(*image_size(data)))
         except Exception:  # whatever is broken has been counted
             return f"<span class=image>[not an image, {len(data):,} bytes]</span>"
+
+
+def plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def shortened(text: str) -> str:
@@ -245,34 +255,33 @@ def charts(firsts: Sequence[FirstSamples]) -> list[str]:
     """Histograms of all samples that were read."""
     made = Charts([])
 
-    def histogram(
-        title: str, unit: str, series: dict[str, list[Any]], line: float | None = None, label: str = ""
+    def add(
+        title: str, unit: str, series: dict[str, list[Any]], bin_size: int | None = None, line: float | None = None
     ) -> None:
         figure = go.Figure(layout={"barmode": "overlay"})
         for (name, values), color in zip(series.items(), COLORS):
             if values:
-                figure.add_histogram(x=values, name=name, opacity=0.7, marker_color=color)
+                bins = {"start": -bin_size / 2, "size": bin_size} if bin_size else None
+                figure.add_histogram(x=values, name=name, opacity=0.7, marker_color=color, xbins=bins)
+        if not figure.data:
+            return
         if line is not None:
-            figure.add_vline(x=line, line_dash="dash", line_color="#b00020", annotation_text=label)
-        figure.update_xaxes(title_text=unit)
-        if figure.data:
-            made.add(title, figure)
+            figure.add_vline(x=line, line_dash="dash", line_color="#b00020")
+        # The margins are fixed, and wide enough.
+        figure.update_xaxes(title_text=unit, automargin=False)
+        figure.update_yaxes(automargin=False)
+        made.add(title, figure)
 
     for first in firsts:
-        kind = first.options.kind
+        kind, figures = first.options.kind, first.figures
         if kind == "mmc4":
             threshold = first.options.mmc4_textsim_threshold
-            similarities = {kind: first.figures.similarities}
-            histogram(
-                "Similarity of each image to its sentence",
-                "similarity",
-                similarities,
-                threshold,
-                "--mmc4_textsim_threshold",
-            )
-            histogram("Images per document", "images", {kind: first.figures.images})
-        most = laion.MAX_TOKENS if kind == "laion" else mmc4.MAX_TOKENS
-        histogram(f"Tokens per sample, {kind}", "tokens", {kind: first.figures.tokens}, most, "longer ones are cut off")
+            unit = f"dashed: --mmc4_textsim_threshold {threshold:g}"
+            add("Similarity of each image to its sentence", unit, {kind: figures.similarities}, line=threshold)
+            add("Images per document", "images", {kind: figures.images}, bin_size=1)
+        most = MAX_TOKENS[kind]
+        unit = f"tokens; dashed: {most}, longer ones are cut off"
+        add(f"Tokens per sample, {kind}", unit, {kind: figures.tokens}, bin_size=most // 32, line=most)
     sizes = {first.options.kind: [min(size) for size in first.figures.sizes] for first in firsts}
-    histogram("Image sizes", "the shorter side, pixels", sizes)
+    add("Image sizes", "the shorter side, pixels", sizes)
     return made.html

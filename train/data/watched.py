@@ -56,6 +56,7 @@ class FirstSamples:
 
     options: DataOptions
     rows: list[tuple[Seen, Batch, int]]  # each with its batch, and its row there
+    read: int  # raw samples that were read
     left_out: dict[str, list[Seen]]  # a few of each reason
     figures: Figures
     counts: Counter[str]  # what is left out, by reason
@@ -136,7 +137,7 @@ def read_first(options: DataOptions, tokenizer: Any, image_processor: Any, numbe
     watched = WatchedPreparer(options, tokenizer, image_processor, number)
     # The order does not depend on the workers; here all samples must pass through this process.
     options = replace(options, workers=0)
-    first = FirstSamples(options, [], watched.left_out, watched.figures, Counter(), {})
+    first = FirstSamples(options, [], 0, watched.left_out, watched.figures, Counter(), {})
     batches: list[Batch] = []
     rows = 0
     try:
@@ -155,7 +156,7 @@ def read_first(options: DataOptions, tokenizer: Any, image_processor: Any, numbe
             collate([seen.sample for seen in watched.used[rows:] if seen.sample], options.kind, watched.encode)
         )
     first.counts += watched.counts.dropped + watched.counts.errors  # since the last batch
-    first.errors = watched.counts.examples
+    first.errors, first.read = watched.counts.examples, watched.read
     places = [(batch, row) for batch in batches for row in range(len(batch.keys))]
     first.rows = [(seen, *place) for seen, place in zip(watched.used, places)]
     if len(first.rows) < number and not first.problem:
