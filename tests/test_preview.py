@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import json
-import logging
 import os
 import re
 from argparse import Namespace
@@ -134,7 +133,7 @@ def odd_flags(flags: list[str], tmp_path: Path) -> list[str]:
         made["text_list"][0] = HOSTILE
 
     def long(made: dict) -> None:
-        made["text_list"][-1] += " and so on" * 300 + " to the end"
+        made["text_list"][-1] += " and so on" * 300
 
     def icon(made: dict) -> None:
         made["image_info"][0]["image_base64"] = base64.b64encode(red).decode()
@@ -142,6 +141,9 @@ def odd_flags(flags: list[str], tmp_path: Path) -> list[str]:
     def unlike(made: dict) -> None:
         made["similarity_matrix"] = (np.array(made["similarity_matrix"]) / 100).tolist()
         made["text_list"][1] = HOSTILE
+
+    def wide(made: dict) -> None:
+        made["text_list"] = ["More similarities than sentences."]
 
     def surrogate(made: dict) -> None:
         made["text_list"][0] = "\ud800" + HOSTILE
@@ -161,6 +163,7 @@ def odd_flags(flags: list[str], tmp_path: Path) -> list[str]:
     ]
     write_tar(tmp_path / "laion.tar", laion)
     documents = [mmc4_document(change, seed=i) for i, change in enumerate((under, long, icon, unlike, surrogate))]
+    documents += [mmc4_document(wide, seed=7), json.dumps({"is_gpt": 1, "example": 5, "image_map": {}}).encode()]
     documents += [b"{" + HOSTILE.encode(), mmc4_document(lambda made: None, images=8, seed=9)]
     write_tar(tmp_path / "mmc4.tar", [(f"{i}.json", data) for i, data in enumerate(documents)])
     changes = [
@@ -192,7 +195,7 @@ def test_cut_off_under_the_threshold_and_left_out(odd_flags: list[str], tmp_path
     below = next(sample for sample in mmc4 if "under the threshold of 30" in sample)
     assert len(re.findall(r"<tr class=under><td><span class=image>.*?<td>12\.5<td>under", below)) == 1
     assert len(re.findall(r"<td>used", below)) == 2
-    assert any(re.search(r"Cut off.*to the end", sample) for sample in mmc4)
+    assert any(re.search(r"Cut off</b> \(\d+ tokens after the first 256.*and so on", sample) for sample in mmc4)
     assert any("in no pair: 1 image (" in sample for sample in mmc4)
     many = next(sample for sample in mmc4 if "beyond --mmc4_max_num_images" in sample)
     assert many.count("<td>used") == 6
@@ -210,17 +213,32 @@ def test_cut_off_under_the_threshold_and_left_out(odd_flags: list[str], tmp_path
 
 
 def test_data_of_which_nothing_can_be_used_are_shown_and_the_code_is_1(
-    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = previewed(flags, tmp_path / "run", "--preview=3", "--mmc4_textsim_threshold=100", code=1)
     assert "--mmc4_shards: 3 of the 3 mmc4 shards" in capsys.readouterr().err
     assert samples_of(page, "mmc4") == []
     assert len(samples_of(page, "laion")) == 3
     assert "<p class=problem>" in page
-    part = page[page.index("<h3>no_match: 24</h3>") :]
+    part = page[page.index("<h3>no_match: ") :]
     assert "under the threshold of 100" in part
     assert "Similarity of each image to its sentence" in part
-    logging.getLogger("open_flamingo").handlers.clear()
+
+
+def test_it_ends_where_too_few_can_be_used(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("open_flamingo.train.data.watched.SAMPLES", 10)
+    monkeypatch.setattr("open_flamingo.train.data.watched.SECONDS", 0.0)
+    nothing = json.dumps({"text_list": ["No image."], "similarity_matrix": [], "image_info": []}).encode()
+    documents = [nothing] * 38 + [mmc4_document(lambda made: None)] * 2
+    write_tar(tmp_path / "mmc4.tar", [(f"{i}.json", data) for i, data in enumerate(documents)])
+    changes = [f"--mmc4_shards={tmp_path}/mmc4.tar", "--batch_size_mmc4=8", "--train_num_samples_mmc4=32"]
+    page = previewed([*flags, *changes], tmp_path / "run", "--preview=8", code=1)
+    shown = samples_of(page, "mmc4")
+    assert 0 < len(shown) < 8
+    assert f"--mmc4_shards: only {len(shown)} of the first 80 samples can be used" in capsys.readouterr().err
+    assert f"<h3>no_image: {80 - len(shown)}</h3>" in page
 
 
 def test_wrong_flags_are_named(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

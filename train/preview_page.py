@@ -51,7 +51,8 @@ h3 { margin: 1.2rem 0 .2rem } .key { color: #666; font-size: 12px; overflow-wrap
 .tokens { line-height: 1.9; overflow-wrap: anywhere } .token { white-space: pre-wrap; border-radius: 3px; padding: .1rem 0; margin-right: 1px }
 .trained { background: #bfe8c5 } .masked { background: #e4e4e4; color: #555 } .padding { background: repeating-linear-gradient(45deg, #fff 0 4px, #ddd 4px 8px); color: #555; padding: .1rem .4rem }
 .special { outline: 1.5px solid #7b3fb5; color: #5a1f94; font-weight: 600 } .cut { color: #b00020; white-space: pre-wrap; overflow-wrap: anywhere }
-.image { display: inline-block; margin: .2rem .5rem; vertical-align: middle; text-align: center; line-height: 1.2 } .image img { display: block; width: 150px; margin: auto }
+.image { display: inline-block; margin: .2rem .5rem; vertical-align: middle; text-align: center; line-height: 1.2 } .image img { display: block; width: 150px; margin: auto } td .image img { width: 75px }
+.here { display: inline-block; white-space: nowrap }
 small { color: #666 } .under { color: #b00020 } .text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 900px } .problem { background: #fff3cd; padding: .5rem }
 """
 
@@ -117,14 +118,15 @@ class Section:
             state = "trained" if i > 0 and labels[i] != IGNORE else "masked"
             classes = f"token {state}{' special' if ids[i] in special else ''}"
             text = text.replace("\n", "↵\n") or "⋯"  # part of a character
-            spans.append(
-                f"<span class='{classes}' title='{html.escape(f'{ids[i]} {names[i]}')}'>{html.escape(text)}</span>"
-            )
+            title = html.escape(f"{ids[i]} {names[i]}")
+            span = f"<span class='{classes}' title='{title}'>{html.escape(text)}</span>"
             if ids[i] == self.encode_whole.media_token_id:
                 pixels = batch.images[row, number].numpy()
                 (width, height), flip = seen.sizes[number], seen.flips[number]
                 number += 1
-                spans.append(image_html(pixels, f"image {number}: {width} × {height}{', mirrored' if flip else ''}"))
+                shown = image_html(pixels, f"image {number}: {width} × {height}{', mirrored' if flip else ''}")
+                span = f"<span class=here>{span}{shown}</span>"
+            spans.append(span)
         if padding := batch.input_ids.shape[1] - length:
             spans.append(f"<span class='token padding'>padding × {padding}</span>")
         return "".join(spans)
@@ -151,7 +153,7 @@ class Section:
         threshold, most = self.options.mmc4_textsim_threshold, self.options.mmc4_max_num_images
         used, rank, rows = len(seen.sample.images) if seen.sample else 0, 0, []
         for image, sentence, similarity in sorted(zip(*seen.matches), key=lambda match: match[1]):
-            names, shown = "", ""
+            names = shown = text = ""
             if not similarity >= threshold:
                 names, state = " class=under", f"under the threshold of {threshold:g}"
             elif seen.sample is None:
@@ -163,7 +165,7 @@ class Section:
                 shown = f"image {rank + 1}" if rank < used else ""
             rank += similarity >= threshold
             shown = shown or self.thumbnail(decode_base64(document["image_info"][image].get("image_base64") or ""))
-            with suppress(LookupError):
+            with suppress(LookupError):  # more columns than sentences
                 text = shortened(str(document["text_list"][sentence]))
             rows.append(f"<tr{names}><td>{shown}<td>{text}<td>{similarity:.4g}<td>{state}</tr>")
         others = len(document["image_info"]) - len(rows)
@@ -236,12 +238,12 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
 def raw_contents(raw: RawSample) -> tuple[str, list[bytes]]:
     """Text and images of a sample that is left out, as far as there are any."""
     images = [raw[suffix] for suffix in (*laion.IMAGE_SUFFIXES, "webp") if suffix in raw]
-    text = raw.get("txt", raw.get("json", b"")).decode(errors="replace")
+    text = (raw.get("txt") or raw.get("json") or b"").decode(errors="replace")
     # What is broken in it has been counted.
     with suppress(Exception):
         fields = json.loads(raw["json"], parse_int=float)
         if "example" in fields:
-            text, infos = fields["example"], list(fields["image_map"].values())
+            text, infos = str(fields["example"]), list(fields["image_map"].values())
         elif "text_list" in fields:
             text, infos = "\n".join(fields["text_list"]), fields["image_info"]
         else:

@@ -84,7 +84,8 @@ class WatchedPreparer:
                 return super().__call__(parts)
 
         prepare.prepare_image = WatchedImages(image_processor, options.max_image_pixels)
-        self.encode = prepare.encode = WatchedEncoder(tokenizer, prepare.encode.max_tokens)
+        self.encode: TextEncoder = WatchedEncoder(tokenizer, prepare.encode.max_tokens)
+        prepare.encode = self.encode
         if isinstance(prepare, Mmc4Preparer):
             self._match, prepare.match = prepare.match, self._watched_match
         self._prepare = prepare
