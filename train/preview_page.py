@@ -20,7 +20,7 @@ from open_flamingo.train.data.loader import Batch
 from open_flamingo.train.data.mmc4 import decode_base64
 from open_flamingo.train.data.samples import RawSample
 from open_flamingo.train.data.text import TextEncoder
-from open_flamingo.train.data.watched import FirstSamples, Seen
+from open_flamingo.train.data.watched import FirstSamples, Seen, where
 from open_flamingo.train.page import COLORS, Charts, document
 
 MAX_TOKENS = {"laion": laion.MAX_TOKENS, "mmc4": mmc4.MAX_TOKENS}
@@ -178,14 +178,14 @@ class Section:
         kind, first = self.options.kind, self.first
         parts = [f"<h2 id={kind}_left_out>{kind}: {'left out' if first.counts else 'nothing is left out'}</h2>"]
         for reason, count in first.counts.most_common():
-            meaning = MEANING.get(reason) or first.errors.get(reason, "")
+            examples = first.left_out.get(reason, [])
+            meaning = MEANING.get(reason) or ("" if examples else first.errors.get(reason, ""))
             parts.append(f"<h3>{html.escape(reason)}: {count:,}</h3><div class=text>{shortened(meaning)}</div>")
-            for seen in first.left_out.get(reason, ()):
+            for seen in examples:
                 text, images = raw_contents(seen.raw)
-                key = f"{seen.raw['__url__']}#{seen.raw['__key__']}"
                 shown = "".join(map(self.thumbnail, images[:MAX_THUMBNAILS])) if not seen.matches else ""
                 parts.append(
-                    f"<div class=sample><div class=key>{html.escape(key)}</div>"
+                    f"<div class=sample><div class=key>{html.escape(where(seen.raw))}</div>"
                     f"<div class=under>{shortened(seen.message)}</div>{shown}<div class=text>{shortened(text)}</div>{self.matches(seen)}</div>"
                 )
         return "".join(parts)

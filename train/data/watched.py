@@ -26,6 +26,11 @@ class Enough(BaseException):
     """Ends the reading of samples of which too few can be used. No Exception: to the loader that would be a sample's own error."""
 
 
+def where(raw: RawSample) -> str:
+    """`shard-url#sample-key`, as in `Sample`."""
+    return f"{raw['__url__']}#{raw['__key__']}"
+
+
 @dataclass
 class Seen:
     """A raw sample and what became of it."""
@@ -120,10 +125,12 @@ class WatchedPreparer:
         try:
             seen.sample = self._prepare(raw, randomness, counts)
         except Exception as error:
-            seen.reason = str(error) if isinstance(error, Drop) else getattr(error, "reason", "unexpected_error")
-            seen.message = str(error) if isinstance(error, SampleError) else ""
-            if len(self.left_out[seen.reason]) < EXAMPLES:
-                self.left_out[seen.reason].append(seen)
+            reason = error.reason if isinstance(error, SampleError) else "unexpected_error"  # as `Lane` counts it
+            seen.reason = str(error) if isinstance(error, Drop) else reason
+            seen.message = "" if isinstance(error, Drop) else str(error)
+            examples = self.left_out[seen.reason]
+            if len(examples) < EXAMPLES and where(raw) not in {where(other.raw) for other in examples}:
+                examples.append(seen)
             raise
         self.figures.tokens.append(len(seen.sample.input_ids))
         self.figures.images.append(len(seen.sample.images))
