@@ -64,7 +64,8 @@ class Conditioning:
         if repeats > 1:
             text_time, media = text_time.repeat_interleave(repeats, 0), media.repeat_interleave(repeats, 0)
         self.media = media
-        self.mask = media_mask(text_time, *self.latents.shape[1:3], dtype=compute_dtype(media))
+        num_images, num_latents = self.latents.shape[1:3]
+        self.mask = media_mask(text_time, num_images, num_latents, compute_dtype(media))
         self.uses_cache = uses_cache or cache is not None
 
 

@@ -61,7 +61,7 @@ def fuse_quick_gelu(tower: nn.Module) -> None:
     multiplied into the matrices before and after it, in place."""
     for mlp in tower.modules():
         if isinstance(mlp, nn.Sequential) and isinstance(getattr(mlp, "gelu", None), QuickGELU):
-            for parameter in mlp.c_fc.parameters():
+            for parameter in mlp.get_submodule("c_fc").parameters():
                 parameter.mul_(1.702)
-            mlp.c_proj.weight.div_(1.702)
+            mlp.get_parameter("c_proj.weight").div_(1.702)
             mlp.gelu = nn.SiLU()

@@ -35,6 +35,11 @@ def test_it_says_what_a_good_run_would_be(flags: list[str], tmp_path: Path, caps
     shards = r"3 shards, some [\d.]+ kB and \d+ usable samples: the run reads each [\d.]+ times"
     assert len(re.findall(shards, screen)) == 2
     assert re.search(r"mmc4 .*\n.*left out: .*single_image", screen)
+    spread = r": \d+ \(10 %\), \d+ \(median\), \d+ \(90 %\)"
+    assert re.search(
+        rf"similarity of images to sentences \(threshold [\d.]+\){spread}; shorter side of images, pixels{spread}",
+        screen,
+    )
     assert re.search(r"memory +0\.0 GB of H100's 80 per rank, DDP on 2", screen)
     assert re.search(r"TFLOP per update and rank: [\d.e-]+ s at 40%", screen)
     assert "2 epochs of 2 updates (8 laion, 4 mmc4 samples each): the learning rate rises to 0.01 over 2 of 4" in screen

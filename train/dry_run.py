@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
@@ -26,6 +27,7 @@ from open_flamingo.train.data.loader import build_loader
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.data.shards import local_path
+from open_flamingo.train.data.watched import Enough, Figures, WatchedPreparer
 from open_flamingo.train.distributed import World, detect_launcher
 from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.estimate import ACCELERATORS, MEMORY_USED, Accelerator, BatchSize, Passes, Strategy
@@ -165,6 +167,7 @@ class Survey:
     dropped: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    figures: Figures = field(default_factory=Figures)
 
 
 def survey(option: DataOptions, tokenizer: Any, image_processor: Any) -> Survey:
@@ -172,8 +175,10 @@ def survey(option: DataOptions, tokenizer: Any, image_processor: Any) -> Survey:
     found = Survey()
     rows = min(option.batch_size, SAMPLES // 4)
     changes = {"batch_size": rows, "workers": 0, "lanes": LANES, "shuffle_buffer": 1, "rank": 0, "world_size": 1}
+    watched = WatchedPreparer(option, tokenizer, image_processor, number=0)
     began = time.monotonic()
-    with build_loader(replace(option, **changes), tokenizer, image_processor) as loader:  # type: ignore[arg-type]
+    loader = build_loader(replace(option, **changes), tokenizer, image_processor, prepare=watched)  # type: ignore[arg-type]
+    with loader, suppress(Enough):
         while len(found.tokens) < SAMPLES and time.monotonic() - began < SECONDS:
             batch = next(loader)
             found.tokens += (batch.input_ids != tokenizer.pad_token_id).sum(1).tolist()
@@ -182,7 +187,11 @@ def survey(option: DataOptions, tokenizer: Any, image_processor: Any) -> Survey:
             found.work = found.work.plus(batch.work)
             found.dropped.update(batch.dropped)
             found.errors.update(batch.errors)
-    found.seconds = time.monotonic() - began
+    if not found.tokens:
+        raise DataError(
+            f"--{option.kind}_shards: none of {watched.read:,} samples can be used. {watched.counts.summary()}"
+        )
+    found.seconds, found.figures = time.monotonic() - began, watched.figures
     return found
 
 
@@ -210,6 +219,16 @@ def say_data(kind: str, planned: PlannedRun) -> None:
         f"tokens {median(found.tokens):.0f} (median), {most} (95 %), {cut:.0%} reach {MAX_TOKENS[kind]} and may be cut off; "
         f"padding {padding:.0%}; images per sample {mean(found.images):.2f}; one worker here gives {kept / found.seconds:,.0f} samples/s",
     )
+    quantities = {
+        f"similarity of images to sentences (threshold {option.mmc4_textsim_threshold:g})": found.figures.similarities
+    }
+    quantities["shorter side of images, pixels"] = [min(size) for size in found.figures.sizes]
+    spread = [
+        f"{name}: {np.quantile(values, 0.1):.0f} (10 %), {np.quantile(values, 0.5):.0f} (median), {np.quantile(values, 0.9):.0f} (90 %)"
+        for name, values in quantities.items()
+        if values
+    ]
+    screen.say(kind, "; ".join(spread))
     if kept < 0.1 * (kept + left_out):
         worst = (found.dropped + found.errors).most_common(1)[0][0]
         advice = "; see --mmc4_textsim_threshold and --mmc4_min_num_images" if kind == "mmc4" else ""

@@ -87,10 +87,11 @@ def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None)
         ignored = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
         ignored |= {unit.get_parameter(name) for name in names}
         if any(parameter not in ignored for parameter in unit.parameters()):
-            is_list = isinstance(unit, nn.ModuleList)
-            low = MixedPrecisionPolicy(sharding.gather_dtype, torch.float32, cast_forward_inputs=False)
-            options = {"mp_policy": low} if is_list else {}
-            fully_shard(list(unit) if is_list else unit, mesh=mesh, ignored_params=ignored, **options)
+            modules, policy = [unit], MixedPrecisionPolicy()
+            if isinstance(unit, nn.ModuleList):
+                modules = [*unit]
+                policy = MixedPrecisionPolicy(sharding.gather_dtype, torch.float32, cast_forward_inputs=False)
+            fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     return model
 
 
