@@ -92,6 +92,7 @@ class Flamingo(nn.Module):
         self._has_fused_mpt = mpt.fuse_attention(self.lang_encoder)
         parameters = inspect.signature(self.lang_encoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
         names = ("cache", "past_key_values", "cache_params")  # transformers from 5.24 on, before, and some hybrids
         self._cache_name = next((name for name in names if name in parameters), "past_key_values")
         self._cached_media: tuple[Tensor, Tensor] | None = None
@@ -132,6 +133,7 @@ class Flamingo(nn.Module):
         *,
         image_counts: Sequence[int] | None = None,
         per_token: bool = False,
+        logits_to_keep: int | None = None,
     ) -> CausalLMOutputWithPast:
         """The `loss` of `labels` (float32 scalar, mean over those that count, 0 if none does), or all `logits` [B, T, vocabulary].
 
@@ -151,6 +153,8 @@ class Flamingo(nn.Module):
             use_cache: return `past_key_values` (without labels).
             image_counts: how many `<image>` tokens each row of `lang_x` has. Saves waiting for the GPU to count them.
             per_token: without gradients, `loss` is that of each label that counts, float32[P], in the order of `labeled_positions`.
+            logits_to_keep: without labels, make only the logits of the last so many positions, where the language model can; the last
+                position of `logits` is the text's last either way.
         """
         # What waits for the GPU comes first, while little is queued there.
         labeled = labeled_positions(labels, lang_x.device) if isinstance(labels, Tensor) else labels
@@ -160,6 +164,8 @@ class Flamingo(nn.Module):
             # By default some models count left padding as positions.
             positions = attention_mask.long().cumsum(-1).sub_(1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -lang_x.shape[1] :]
+        if logits_to_keep is not None and labeled is None and self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = logits_to_keep
         if past_key_values is not None:
             inputs[self._cache_name] = past_key_values
         elif self._has_fused_mpt and attention_mask is None and not use_cache:
@@ -207,8 +213,19 @@ class Flamingo(nn.Module):
         the cached images, from the first.
         """
         counts = (input_ids == self.media_token_id).sum(1).tolist()
-        last = torch.tensor(counts, device=input_ids.device).unsqueeze(1)
-        self._cached_media = (self._encode_images(vision_x, counts, len(input_ids)), last)
+        self.cache_latents(self._encode_images(vision_x, counts, len(input_ids)), counts)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [M, 3, height, width], prepared by the image processor → latents [M, L, E], for `cache_latents`.
+
+        An image that stands in many prompts is encoded once.
+        """
+        return self._encode(images.unsqueeze(1))
+
+    def cache_latents(self, latents: Tensor, counts: Sequence[int]) -> None:
+        """As `cache_media`, of images that are encoded: latents [B, N, L, E], of which row b has its first `counts[b]`."""
+        self._cached_media = (latents, torch.tensor(counts, device=latents.device).unsqueeze(1))
 
     def uncache_media(self) -> None:
         """Forget the images of `cache_media`."""
