@@ -108,7 +108,7 @@ def random_demonstrations(pool: Sequence[Record], query: Record, number: int, se
     Fewer demonstrations are the first of more. None has the query's own image. Raises ValueError if the pool is too small.
     """
     rng = random.Random(f"demonstrations {seed} {query.id}")
-    chosen = []
+    chosen: list[int] = []
     for place in _permutation(len(pool), rng):
         if len(chosen) == number:
             break

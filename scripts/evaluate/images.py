@@ -88,8 +88,8 @@ class Latents:
             self._kept.popitem(last=False)
         one: Any = next(iter(found.values()))
         result = one.new_zeros(len(rows), max(map(len, rows)), *one.shape)
-        for row, keys in enumerate(rows):
-            result[row, : len(keys)] = torch.stack([found[key] for key in keys])
+        for row, of in enumerate(rows):
+            result[row, : len(of)] = torch.stack([found[key] for key in of])
         return result
 
 

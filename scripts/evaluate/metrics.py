@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions
@@ -20,12 +22,19 @@ from collections.abc import Mapping, Sequence
 
 def check_caption_scorer(tokenizer: str) -> None:
     """Raises ValueError, saying what to install, where captions could not be scored."""
-    if importlib.util.find_spec("pycocoevalcap") is None:
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None:
         raise ValueError("--task caption needs pycocoevalcap: pip install 'open_flamingo[evaluate]'")
     if tokenizer == "ptb" and shutil.which("java") is None:
         raise ValueError(
             "--task caption needs Java, in which the official tokenizer is written: apt-get install default-jre-headless. "
             "Or --caption_tokenizer simple, which needs none; its scores are near the official ones, not equal, and lack METEOR"
+        )
+    folders = package.submodule_search_locations or []
+    if tokenizer == "ptb" and not all(os.access(os.path.join(folder, "tokenizer"), os.W_OK) for folder in folders):
+        raise ValueError(
+            f"--task caption: the official tokenizer writes a file into its own folder, {folders[0]}/tokenizer, which is not allowed here: "
+            "install pycocoevalcap where you may write, or --caption_tokenizer simple"
         )
 
 
@@ -49,6 +58,7 @@ class CaptionScorer:
     def __init__(self, references: Mapping[str, Sequence[str]], tokenizer: str = "ptb") -> None:
         self._tokenizer = tokenizer
         self._references = self._tokens(references)
+        self._meteor: Any = None  # its program takes seconds to start
 
     def _tokens(self, captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         if self._tokenizer == "simple":
@@ -75,7 +85,8 @@ class CaptionScorer:
         if self._tokenizer == "ptb":
             from pycocoevalcap.meteor.meteor import Meteor
 
-            scores["METEOR"], _ = Meteor().compute_score(self._references, said)
+            self._meteor = self._meteor or Meteor()
+            scores["METEOR"], _ = self._meteor.compute_score(self._references, said)
         return {name: 100 * float(value) for name, value in scores.items()}
 
 

@@ -60,7 +60,8 @@ class PredictionFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
         data = self._path.read_bytes()
-        os.truncate(self._path, data.rfind(b"\n") + 1)  # killed while it wrote a line
+        if (whole := data.rfind(b"\n") + 1) < len(data):  # killed while it wrote a line
+            os.truncate(self._path, whole)
 
     def __enter__(self) -> PredictionFile:
         self._file = open(self._path, "ab")
