@@ -209,7 +209,7 @@ def test_goes_on_after_a_kill(checkpoint: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda flags, data: flags.__setitem__(0, "nowhere.pt"), "CHECKPOINT: no such file"),
+        (lambda flags, data: flags.__setitem__(0, "nowhere.pt"), "CHECKPOINT: there is no 'nowhere.pt'"),
         (lambda flags, data: data.write_text("{}\n"), r"--data: .*line 1: lacks 'image'"),
         (lambda flags, data: data.write_text("[1]\n"), r"line 1: is no JSON object"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,9 +16,9 @@ from typing import Any
 from open_flamingo.scripts.evaluate.conditions import BLANK, SHUFFLED, Condition, conditions
 from open_flamingo.scripts.evaluate.data import TASKS, Record, check_images, read_records, subset
 from open_flamingo.scripts.evaluate.metrics import check_caption_scorer
-from open_flamingo.scripts.evaluate.predictions import fingerprint, keep_settings
+from open_flamingo.scripts.evaluate.predictions import checkpoint_fingerprint, fingerprint, keep_settings
 from open_flamingo.scripts.evaluate.prompts import Prompt, default_prompt
-from open_flamingo.train.arguments import check_checkpoint, finite_float, non_negative_int, positive_int
+from open_flamingo.train.arguments import finite_float, non_negative_int, positive_int
 
 log = logging.getLogger("open_flamingo.evaluate")
 
@@ -29,6 +30,7 @@ MODEL_FLAGS = (
     "tokenizer_path",
     "cross_attn_every_n_layers",
 )
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
 # fmt: off
@@ -39,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         "torchrun the ranks share the work.",
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="of this program or of the reference")
+    add("checkpoint", metavar="CHECKPOINT",
+        help="of this program or of the reference: a file, the folder of a run or a saved model, or a name on the Hugging Face hub")
     add("--task", choices=TASKS, required=True)
     add("--data", type=Path, required=True, help="JSONL of what is asked: image and caption(s), question and answers, or label")
     add("--context", type=Path, required=True, help="JSONL that demonstrations are taken from: training data")
@@ -104,10 +107,10 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Raises ValueError or OSError, naming the flag and what to do."""
-    try:
-        check_checkpoint(str(args.checkpoint))
-    except ValueError as error:
-        raise ValueError(f"CHECKPOINT: {error}".partition("; without this flag")[0]) from error
+    if not Path(args.checkpoint).exists() and not HUB_NAME.fullmatch(args.checkpoint):
+        raise ValueError(
+            f"CHECKPOINT: there is no {args.checkpoint!r}: give a file, a folder, or a name on the Hugging Face hub"
+        )
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"--output_dir: {args.output_dir} is a file: name a folder")
     if args.task == "caption":
@@ -138,7 +141,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         )
     same = ("task", "demonstrations", "num_beams", "length_penalty", "dtype", *MODEL_FLAGS)
     decisive = {name: getattr(args, name) for name in same} | {
-        "checkpoint": f"{args.checkpoint.name}, {fingerprint(args.checkpoint)}",
+        "checkpoint": f"{Path(args.checkpoint).name}, {checkpoint_fingerprint(args.checkpoint)}",
         "data": fingerprint(args.data),
         "context": fingerprint(args.context),
         "samples": len(test),
@@ -161,15 +164,19 @@ def run(args: argparse.Namespace, plan: Plan, world: Any) -> None:
     from open_flamingo.train.distributed import run_on_rank0
 
     run_on_rank0(keep_settings, args.output_dir, plan.decisive)
-    model, image_processor, tokenizer = load(
-        str(args.checkpoint),
-        device=world.device,
-        dtype=getattr(torch, args.dtype),
-        use_local_files=args.offline,
-        cache_dir=args.cache_dir,
-        trust_remote_code=args.trust_remote_code,
-        **{name: getattr(args, name) for name in MODEL_FLAGS},
-    )
+    try:
+        model, image_processor, tokenizer = load(
+            args.checkpoint,
+            device=world.device,
+            dtype=getattr(torch, args.dtype),
+            use_local_files=args.offline,
+            cache_dir=args.cache_dir,
+            trust_remote_code=args.trust_remote_code,
+            **{name: getattr(args, name) for name in MODEL_FLAGS},
+        )
+    except (ValueError, OSError) as error:  # these name arguments, which are flags here
+        names = "|".join((*MODEL_FLAGS, "trust_remote_code"))
+        raise ValueError(re.sub(rf"(?<![\w-])({names})\b(=True|=…)?", r"--\1", str(error))) from error
     settings = Settings(
         task=args.task,
         prompt=plan.prompt,

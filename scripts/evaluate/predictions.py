@@ -16,11 +16,23 @@ SETTINGS, FOLDER = "settings.json", "predictions"
 
 
 def fingerprint(path: Path) -> str:
-    """What tells a changed file from the old one; of a large one or a folder, its size and time alone."""
+    """What tells a changed file from the old one; of a large one, its size and time alone."""
     stat = path.stat()
-    if path.is_dir() or stat.st_size > 1 << 26:
+    if stat.st_size > 1 << 26:
         return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
     return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+def checkpoint_fingerprint(checkpoint: str) -> str:
+    """As `fingerprint`, of a checkpoint: of a folder, what weights it has; a name on the hub stands for itself."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        files = [file for pattern in ("*.pt", "*.safetensors", "checkpoint_*/.metadata") for file in path.glob(pattern)]
+        listing = [
+            (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)
+        ]
+        return f"{len(files)} files, {hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]}"
+    return fingerprint(path) if path.exists() else checkpoint
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
