@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from open_flamingo import create_model_and_transforms
+from open_flamingo import create_model_and_transforms, load
 from open_flamingo.scripts.evaluate.__main__ import main
 from open_flamingo.scripts.evaluate.annotations import main as annotations
 from open_flamingo.scripts.evaluate.conditions import Condition, PromptBuilder, batches, conditions
@@ -25,7 +26,8 @@ from open_flamingo.scripts.evaluate.prompts import HATEFUL_MEMES, Prompt, answer
 from open_flamingo.scripts.evaluate.rices import most_similar
 from open_flamingo.weights import trained_tensors
 from tests.families import FAMILIES, IMAGE, PAD, flamingo, images, language_model
-from tests.tiny import finished, kill, torchrun
+from tests.ranks import run_ranks
+from tests.tiny import ROOT, finished, kill, torchrun
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 200), "gray": (120, 120, 120)}
 TEST, CONTEXT = 13, 9  # records
@@ -75,8 +77,10 @@ def checkpoint(backbones: list[str], tmp_path_factory: pytest.TempPathFactory) -
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):
                 parameter.fill_(1.0)
-            elif parameter.requires_grad and parameter.ndim > 1:
+            elif parameter.requires_grad and parameter.ndim > 1 and "new_rows" not in name:
                 parameter.mul_(4.0)
+        # A random model is sure of nothing, and would end each text at once.
+        model.lang_encoder.get_input_embeddings().weight.mul_(20.0)
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt"
     torch.save(dict(trained_tensors(model)), path)
     return [str(path), *flags, "--cross_attn_every_n_layers=1", "--offline"]
@@ -121,6 +125,9 @@ def test_captions(checkpoint: list[str], tmp_path: Path, capsys: pytest.CaptureF
     page = (tmp_path / "out" / "results.html").read_text()
     assert page.count("data:image/jpeg") == TEST
     assert "blank images" in page
+    assert "answers of demonstrations exchanged" in page
+    without_scripts = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "http" not in without_scripts, "nothing comes from a network"
     assert "official PTB tokenizer" in page
 
 
@@ -154,19 +161,52 @@ def test_each_image_is_encoded_once(checkpoint: list[str], tmp_path: Path, monke
     assert sum(seen) <= TEST + CONTEXT + 1, "a blank one too"
 
 
+def test_batches_say_what_each_prompt_alone_does(checkpoint: list[str], tmp_path: Path) -> None:
+    """Sorted, padded and with images encoded apart, as one prompt with its images after the other; but for rounding, no more."""
+    main([*command(checkpoint, tmp_path, "caption"), "--shots", "3", "--controls", "--seeds=1"])
+    paths = dict(flag.removeprefix("--").split("=") for flag in checkpoint[1:] if "=" in flag)
+    model, image_processor, tokenizer = load(
+        checkpoint[0],
+        vision_encoder_path=paths["vision_encoder_path"],
+        vision_encoder_pretrained=paths["vision_encoder_pretrained"],
+        lm_path=paths["lm_path"],
+        cross_attn_every_n_layers=1,
+    )
+    test = read_records(tmp_path / "data" / "caption_1.jsonl", "caption", "--data")
+    pool = {one.id: one for one in read_records(tmp_path / "data" / "caption_2.jsonl", "caption", "--context")}
+    for record, row in zip(test, predictions(tmp_path, "shots_3.seed_0.images"), strict=True):
+        shown = [pool[name] for name in row["demonstrations"]]
+        text = "".join(f"<image>Output:{one.answers[0]}<|endofchunk|>" for one in shown) + "<image>Output:"
+        pictures = [image_processor(Image.open(one.image)) for one in (*shown, record)]
+        prompt = tokenizer(text, return_tensors="pt")
+        out = model.generate(
+            torch.stack(pictures)[None, :, None],
+            prompt["input_ids"],
+            max_new_tokens=20,
+            num_beams=3,
+            length_penalty=0.0,
+        )
+        said = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert row["prediction"] == answer_of("caption", said)
+
+
 def test_ranks_share_the_work_and_give_the_same(checkpoint: list[str], tmp_path: Path) -> None:
+    program = ROOT / "scripts" / "evaluate" / "__main__.py"
     for task in ("caption", "classify"):
         runs = {}
         for ranks in (1, 2, 4) if task == "caption" else (1, 2):
             folder = tmp_path / f"{task}{ranks}"
-            flags = [*command(checkpoint, folder, task), "--shots", "0", "2"]
+            flags = [*command(checkpoint, folder, task), "--shots", "2"]
             if ranks == 1:
                 main(flags)
             else:
-                finished(torchrun(ranks, *PROGRAM, *flags))
+                finished(run_ranks(ranks, program, *flags))
             runs[ranks] = (results(folder)["results"], predictions(folder, "shots_2.seed_0.images"))
             parts = list((folder / "out" / "predictions").glob("shots_2.seed_0.images.rank*.jsonl"))
             assert sum(part.stat().st_size > 0 for part in parts) == ranks
+        said = {row["prediction"] for row in runs[1][1]}
+        assert len(said) > 1
+        assert "" not in said
         for ranks in runs:
             assert [row["prediction"] for row in runs[ranks][1]] == [row["prediction"] for row in runs[1][1]]
             assert runs[ranks][0] == runs[1][0]

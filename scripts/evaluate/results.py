@@ -93,7 +93,8 @@ def write_results(
     with atomic_write(folder / RESULTS) as file:
         file.write(json.dumps(results, indent=1, ensure_ascii=False).encode())
     with atomic_write(folder / PAGE) as file:
-        file.write(page(folder.resolve().name, results, records, predictions).encode())
+        title = f"{settings['checkpoint'].partition(',')[0]}, {settings['task']}: {folder.resolve().name}"
+        file.write(page(title, results, records, predictions).encode())
     return results
 
 
@@ -147,7 +148,8 @@ def _numbers(results: Mapping[str, Any]) -> str:
         cells = [str(one["shots"]), NAMES[one["variant"]], str(len(one["seeds"]))]
         for metric in metrics:
             score = one["scores"].get(metric)
-            cells.append("" if score is None else f"{score['mean']:.2f} ± {score['standard_deviation']:.2f}")
+            spread = f" ± {score['standard_deviation']:.2f}" if score and len(one["seeds"]) > 1 else ""
+            cells.append(f"{score['mean']:.2f}{spread}" if score else "")
         rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("shots", "", "seeds", *metrics))
     return f"<div class=wide><table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></div>"
