@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_flamingo
-from benchmarks import curve, gpu, learn, loading, report, saving, start, steps
+from benchmarks import curve, gpu, learn, loading, report, saving, start, steps, trace
 from benchmarks.child import FOLDER, ROOT
 from benchmarks.shapes import SHAPES
 
@@ -76,6 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     on_gpu.set_defaults(run=run_gpu)
 
+    traced = commands.add_parser(
+        "trace", help="what an update has a GPU do: kernels, bytes, FLOPs and modelled time, on any machine"
+    )
+    traced.add_argument("shape", choices=SHAPES)
+    traced.add_argument("--precision", choices=["fp32", "amp_bf16"], default=gpu.PRECISION)
+    traced.add_argument("--gradient_checkpointing", action="store_true")
+    traced.add_argument("--gpu", choices=trace.GPUS, default="H200")
+    traced.add_argument("--document", type=Path, default=report.DOCUMENT, help="where results go")
+    traced.add_argument("--no-write", action="store_true", help="print results only")
+    traced.set_defaults(run=run_trace)
+
     merge = commands.add_parser("merge", help="put the results of another machine's document into docs/performance.md")
     merge.add_argument("other", type=Path)
     merge.set_defaults(run=lambda args: print(*report.merge(args.other), sep="\n"))
@@ -130,6 +141,13 @@ def run_learn(args: argparse.Namespace) -> None:
 
 def run_gpu(args: argparse.Namespace) -> None:
     gpu.run(lambda title, text: finish(args, title, text), args.only == "ours", args.budget, args.parts)
+
+
+def run_trace(args: argparse.Namespace) -> None:
+    shape, recompute = SHAPES[args.shape], args.gradient_checkpointing
+    found = trace.trace(shape, args.precision, trace.GPUS[args.gpu], recompute)
+    title = f"trace {args.shape} {args.precision}{' checkpointing' * recompute}"
+    finish(args, title, trace.describe(shape.name, args.precision, args.gpu, found))
 
 
 def finish(args: argparse.Namespace, title: str, text: str) -> None:
