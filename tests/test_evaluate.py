@@ -359,6 +359,12 @@ def test_the_most_similar_image_comes_last() -> None:
     query = torch.tensor([0.1, 0.5, 0.9, 0.3, 0.0])
     assert most_similar(query, features, pool, record(9), 3) == [3, 1, 2]
     assert most_similar(query, features, pool, record(2), 2) == [3, 1], "without itself"
+    same = [record(i % 2) for i in range(100)]  # two images, each fifty times
+    features = torch.eye(2)[torch.arange(100) % 2]
+    assert most_similar(torch.tensor([1.0, 0.0]), features, same, record(1), 3) == [4, 2, 0], "ties in the pool's order"
+    assert most_similar(torch.tensor([1.0, 0.0]), features, same, record(0), 40) == list(range(79, 0, -2))
+    with pytest.raises(ValueError, match="--context has 50 other images"):
+        most_similar(torch.tensor([1.0, 0.0]), features, same, record(0), 51)
 
 
 def test_conditions() -> None:

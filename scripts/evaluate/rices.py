@@ -54,9 +54,18 @@ def most_similar(query: Tensor, features: Tensor, pool: Sequence[Record], record
 
     `query` [D] and `features` [number in the pool, D] are of length 1. Raises ValueError if the pool is too small.
     """
-    # Ties in the order of the pool.
-    order = (features @ query).argsort(descending=True, stable=True).tolist()
-    chosen = [place for place in order if pool[place].image != record.image][:number]
+    similarity = features @ query
+    chosen: list[int] = []
+    most = min(len(pool), number + 32)  # the pool is large, and a sort of all of it slow
+    while True:
+        threshold = similarity.topk(most).values[-1]
+        near = (similarity >= threshold).nonzero().flatten()
+        # Ties, as of questions about one image, in the order of the pool.
+        order = near[similarity[near].argsort(descending=True, stable=True)].tolist()
+        chosen = [place for place in order if pool[place].image != record.image][:number]
+        if len(chosen) == number or most == len(pool):
+            break
+        most = min(len(pool), 4 * most)
     if len(chosen) < number:
         raise ValueError(f"--context has {len(chosen)} other images, which is too few for {number} demonstrations")
     return chosen[::-1]
