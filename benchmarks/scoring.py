@@ -25,7 +25,7 @@ if __name__ == "__main__":
     parts = ("", "open_flamingo/train", "open_flamingo/eval") if "--reference" in sys.argv else ()
     sys.path[:1] = [*(str(REFERENCE / part) for part in parts), str(ROOT)]
 
-QUESTIONS, CONTEXT = 48, 96
+QUESTIONS, CONTEXT = 24, 48
 BEAMS, NEW_TOKENS, BATCH = 3, 5, 8
 
 

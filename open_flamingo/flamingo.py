@@ -192,7 +192,13 @@ class Flamingo(nn.Module, ModelHubMixin):
 
     @torch.no_grad()
     def generate(
-        self, vision_x: Tensor | None, lang_x: Tensor, attention_mask: Tensor | None = None, **generate_kwargs: Any
+        self,
+        vision_x: Tensor | None,
+        lang_x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        beams_share_prompt: bool = False,
+        **generate_kwargs: Any,
     ) -> Tensor:
         """Continue prompts, with Hugging Face's `generate`: long[B, T] → long[B · num_return_sequences, T + new tokens].
 
@@ -200,6 +206,8 @@ class Flamingo(nn.Module, ModelHubMixin):
             vision_x: as for `forward`.
             lang_x: prompts, padded on the left.
             attention_mask: [B, T], 0 where a token is padding. None: every token but the padding token counts.
+            beams_share_prompt: compute a prompt once and repeat its key-value cache for `num_beams`, instead of computing it for each.
+                Not every language model can; those of attention alone do.
             generate_kwargs: `max_new_tokens`, `num_beams`, … By default a text ends with `<|endofchunk|>`.
         """
         generate_kwargs.setdefault("eos_token_id", self.eoc_token_id)
@@ -208,9 +216,28 @@ class Flamingo(nn.Module, ModelHubMixin):
         pad = generate_kwargs.setdefault("pad_token_id", pad)
         if attention_mask is None:
             attention_mask = torch.ones_like(lang_x) if pad == self.eoc_token_id else (lang_x != pad).long()
-        with conditioned(self._condition(vision_x, lang_x, None)):
+        conditioning = self._condition(vision_x, lang_x, None)
+        beams = generate_kwargs.get("num_beams", 1)
+        if beams_share_prompt and beams > 1 and lang_x.shape[1] > 1:
+            generate_kwargs[self._cache_name] = self._prompt_cache(conditioning, lang_x, attention_mask, beams)
+            generate_kwargs["use_cache"] = True  # which is off in MPT's config
+        with conditioned(conditioning):
             generate: Any = self.lang_encoder.generate
             return generate(input_ids=lang_x, attention_mask=attention_mask, **generate_kwargs)
+
+    def _prompt_cache(self, conditioning: Conditioning, lang_x: Tensor, attention_mask: Tensor, beams: int) -> Any:
+        """The key-value cache of prompts [B, T] but for their last token, of which `generate` goes on, for B · `beams` rows."""
+        prompt = Conditioning(conditioning.latents, conditioning.text_time[:, :-1])
+        prompt.kept = conditioning.kept
+        inputs: dict[str, Any] = {"input_ids": lang_x[:, :-1], "attention_mask": attention_mask[:, :-1]}
+        if self._takes_position_ids:
+            inputs["position_ids"] = inputs["attention_mask"].long().cumsum(-1).sub_(1).clamp_(min=0)
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = 1
+        with conditioned(prompt):
+            cache = self.lang_encoder(**inputs, use_cache=True).past_key_values
+        cache.reorder_cache(torch.arange(len(lang_x), device=lang_x.device).repeat_interleave(beams))
+        return cache
 
     def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
         """Keep the latents of the images [B, I, 1, 3, height, width] of a context, long[B, T], for calls with `vision_x=None`.

@@ -16,7 +16,7 @@ from open_flamingo import Flamingo
 from open_flamingo.scripts.evaluate.conditions import Condition, Item, PromptBuilder, batches
 from open_flamingo.scripts.evaluate.data import Record
 from open_flamingo.scripts.evaluate.images import Images, Latents
-from open_flamingo.scripts.evaluate.likelihood import ClassNames, can_use_cache, class_log_likelihoods
+from open_flamingo.scripts.evaluate.likelihood import TOLERANCE, ClassNames, can_use_cache, class_log_likelihoods
 from open_flamingo.scripts.evaluate.predictions import PredictionFile, read_predictions, write_whole
 from open_flamingo.scripts.evaluate.prompts import Prompt, answer_of
 from open_flamingo.scripts.evaluate.rices import features_of, most_similar
@@ -75,7 +75,9 @@ class Evaluator:
         self._images = Images(image_processor, settings.workers)
         self.latents = Latents(model, self._images, world.device, settings.max_kept_images)
         self._names: ClassNames | None = None
-        self._uses_cache: bool | None = None  # of classes; known after the first prompt
+        self._uses_cache: bool | None = (
+            None  # whether names or beams go on from one prompt's cache; known after the first
+        )
         answer_tokens = settings.max_new_tokens
         if settings.task == "classify":
             self._names = ClassNames(settings.classes, tokenizer, world.device)
@@ -153,26 +155,50 @@ class Evaluator:
         return ids.to(self._world.device), mask.to(self._world.device)
 
     def _generate(self, batch: Sequence[Item]) -> list[dict[str, Any]]:
-        settings = self._settings
         ids, mask = self._inputs(batch)
-        out = self._model.generate(
+        out = self._beam_search(ids, mask, bool(self._uses_cache)).sequences
+        texts = self._tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        return [{"prediction": answer_of(self._settings.task, text)} for text in texts]
+
+    def _beam_search(self, ids: Tensor, mask: Tensor, beams_share_prompt: bool) -> Any:
+        settings = self._settings
+        # A length penalty is of beams alone.
+        of_beams = {"length_penalty": settings.length_penalty, "output_scores": True} if settings.num_beams > 1 else {}
+        return self._model.generate(
             None,
             ids,
             mask,
+            beams_share_prompt=beams_share_prompt,
             max_new_tokens=settings.max_new_tokens,
             num_beams=settings.num_beams,
-            # A length penalty is of beams alone.
-            **({"length_penalty": settings.length_penalty} if settings.num_beams > 1 else {}),
             do_sample=False,
+            return_dict_in_generate=True,
+            **of_beams,
         )
-        texts = self._tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        return [{"prediction": answer_of(settings.task, text)} for text in texts]
 
     def _check_cache(self, batch: Sequence[Item]) -> None:
-        if self._names is not None and self._uses_cache is None:
-            ids, mask = self._inputs(batch[:2])
+        """Tries, once, whether this language model gives the same where names or beams go on from the cache of one prompt."""
+        if self._uses_cache is not None:
+            return
+        ids, mask = self._inputs(batch[:2])
+        if self._names is not None:
             few = ClassNames(self._settings.classes[:4], self._tokenizer, self._world.device)
             self._uses_cache = can_use_cache(self._model, ids, mask, few)
+        elif self._settings.num_beams > 1:
+            self._uses_cache = self._can_share_prompt(ids, mask)
+
+    def _can_share_prompt(self, ids: Tensor, mask: Tensor) -> bool:
+        plain = self._beam_search(ids, mask, False).sequences_scores
+        try:
+            difference = (self._beam_search(ids, mask, True).sequences_scores - plain).abs().max()
+        except Exception as error:  # of the model's own code: anything
+            log.warning("each beam computes its own prompt: with one cache, %s: %s", type(error).__name__, error)
+            return False
+        # Without a length penalty, a score is the sum over all tokens.
+        if difference < TOLERANCE[next(self._model.lang_encoder.parameters()).dtype] * self._settings.max_new_tokens:
+            return True
+        log.warning("each beam computes its own prompt: with one cache, scores differ by %.3g nats", difference)
+        return False
 
     def _classify(self, batch: Sequence[Item]) -> list[dict[str, Any]]:
         assert self._names is not None
