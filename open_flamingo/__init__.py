@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .factory import create_model_and_transforms
     from .flamingo import Flamingo
+    from .pretrained import load
 
-__all__ = ["Flamingo", "create_model_and_transforms"]
+__all__ = ["Flamingo", "create_model_and_transforms", "load"]
 
-_HOME = {"Flamingo": "flamingo", "create_model_and_transforms": "factory"}
+_HOME = {"Flamingo": "flamingo", "create_model_and_transforms": "factory", "load": "pretrained"}
 
 
 def __getattr__(name: str) -> Any:

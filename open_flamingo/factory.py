@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from . import backbones
 from .flamingo import Flamingo
 from .language_model import input_embedding, replaced
+from .saving import Origin
 from .vision import patch_width
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def create_model_and_transforms(
     freeze_lm_embeddings: bool = False,
     cache_dir: str | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     meta: bool = False,
     trust_remote_code: bool = False,
     **flamingo_kwargs: Any,
@@ -62,6 +64,7 @@ def create_model_and_transforms(
         tokenizer_path: its tokenizer; `lang_encoder_path` if None.
         use_local_files: do not ask the Hugging Face hub.
         cache_dir: where downloads are kept.
+        tokenizer: one that `load_tokenizer` made, instead of that of `tokenizer_path`.
         meta: make the model on the meta device, without reading any weights: for ranks that get theirs from another.
         trust_remote_code: run the Python code that a language model or tokenizer brings along. Without it, such a model is refused
             unless transformers has the code itself. Files of weights never run code.
@@ -74,7 +77,9 @@ def create_model_and_transforms(
     vision_encoder, image_processor, image_size = load_vision_encoder(
         clip_vision_encoder_path, clip_vision_encoder_pretrained, cache_dir, meta
     )
-    tokenizer = load_tokenizer(tokenizer_path or lang_encoder_path, use_local_files, cache_dir, trust_remote_code)
+    if tokenizer is None:
+        path = tokenizer_path or lang_encoder_path
+        tokenizer = load_tokenizer(path, use_local_files, cache_dir, trust_remote_code)
     vis_dim = patch_width(vision_encoder, image_size)
     with torch.device("meta") if meta else nullcontext():
         lang_encoder = load_language_model(
@@ -93,6 +98,17 @@ def create_model_and_transforms(
             pad_token_id=tokenizer.pad_token_id,
             **flamingo_kwargs,
         )
+    settings = {
+        "vision_encoder_path": clip_vision_encoder_path,
+        "vision_encoder_pretrained": clip_vision_encoder_pretrained,
+        "lm_path": lang_encoder_path,
+        "tokenizer_path": None if tokenizer_path == lang_encoder_path else tokenizer_path,
+        "cross_attn_every_n_layers": cross_attn_every_n_layers,
+        "decoder_layers_attr_name": decoder_layers_attr_name,
+        "freeze_lm_embeddings": freeze_lm_embeddings,
+        "train_output_rows": flamingo_kwargs.get("train_output_rows", False),
+    }
+    model.origin = Origin(settings, tokenizer)
     return model, image_processor, tokenizer
 
 

@@ -9,15 +9,17 @@ per image, E width of images.
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import mpt
+from . import mpt, saving
 from .cross_attention import GatedCrossAttentionBlock
 from .language_model import (
     Conditioning,
@@ -35,9 +37,12 @@ from .vision import patch_tokens
 from .weights import load_into
 
 
-class Flamingo(nn.Module):
+class Flamingo(nn.Module, ModelHubMixin):
     """A vision encoder and a language model, both frozen, joined by what is trained: a Perceiver resampler, gated
     cross-attention blocks, and the embeddings of `<image>` and `<|endofchunk|>`.
+
+    `save_pretrained(folder)` and `push_to_hub(name)`, of huggingface_hub's mixin, write what `open_flamingo.load` reads: see `saving`. The
+    model card, which is not written over, has the flags of the training, which name the places of its data.
 
     Args:
         vision_encoder: an OpenCLIP vision tower (or any module that gives patch tokens, see `vision.patch_tokens`).
@@ -95,6 +100,7 @@ class Flamingo(nn.Module):
         names = ("cache", "past_key_values", "cache_params")  # transformers from 5.24 on, before, and some hybrids
         self._cache_name = next((name for name in names if name in parameters), "past_key_values")
         self._cached_media: tuple[Tensor, Tensor] | None = None
+        self.origin: saving.Origin | None = None  # what it was made of, where `create_model_and_transforms` made it
         self.set_gradient_checkpointing(gradient_checkpointing)
         self.train(self.training)
 
@@ -271,6 +277,25 @@ class Flamingo(nn.Module):
     ) -> _IncompatibleKeys:
         """Load a checkpoint of this program or of the reference; see `weights.load_into`."""
         return load_into(self, state_dict, strict, assign)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "Flamingo":
+        """The model alone that `open_flamingo.load` gives, which takes the same arguments."""
+        from .pretrained import load
+
+        return load(pretrained_model_name_or_path, **kwargs)[0]
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Uploads what `save_pretrained` writes; arguments, and what is returned, are those of `ModelHubMixin.push_to_hub`."""
+        kwargs["model_card_kwargs"] = {"name": repo_id} | (kwargs.get("model_card_kwargs") or {})
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        saving.save(self, save_directory)
+
+    def generate_model_card(self, **kwargs: Any) -> ModelCard:
+        """See `saving.card`."""
+        return ModelCard(saving.card(self, **kwargs))
 
 
 def check_counts(counts: Sequence[int], slots: int) -> None:

@@ -82,6 +82,16 @@ def _with_rows(module: Any, gather: Gather) -> Tensor:
     return weight
 
 
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts all parameters in place, but of the buffers only the running statistics of batch norms: what else lies in buffers (frequencies
+    of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            module.to(dtype)
+
+
 def reference_parameter_names(model: "Flamingo") -> dict[str, str]:
     """Name here → name in the reference, of each parameter that the reference trains, in the order that numbers its optimizer state.
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import output_head
+from open_flamingo.weights import cast_weights
 
 # What autocast computes products in. (bf16 has no autocast: there, everything is in it to begin with.)
 _AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -53,18 +54,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def cast_frozen_weights(model: Flamingo, precision: str) -> None:
     """Casts the weights of `model`, in place, to what `precision` holds them in.
 
-    In bf16 that is all parameters, but of the buffers only the running statistics of batch norms: what else lies in buffers
-    (frequencies of rotary embeddings) Hugging Face models keep in float32 whatever they are loaded in. Under autocast, only frozen
-    matrices are cast. A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does
+    In bf16 that is all parameters: see `cast_weights`. Under autocast, only frozen matrices are cast. A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does
     the output head, since checkpoints hold it. OpenCLIP's own ViT is cast as a whole: between its layers it keeps what it computes in
     the lower precision anyway, and then it needs no autocast (see `Flamingo._encode`), whose conversions take a third of its time.
     """
     if precision == "bf16":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-        for module in model.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-                module.to(torch.bfloat16)
+        cast_weights(model, torch.bfloat16)
     elif precision in _AUTOCAST:
         if isinstance(model.vision_encoder, VisionTransformer):
             model.vision_encoder.to(_AUTOCAST[precision])
