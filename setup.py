@@ -63,6 +63,7 @@ setup(
         "console_scripts": [
             "open-flamingo-train=open_flamingo.train.train:main",
             "open-flamingo-report=open_flamingo.train.page:main",
+            "open-flamingo-caption=open_flamingo.scripts.caption:main",
             "open-flamingo-convert=open_flamingo.scripts.convert.__main__:main",
             "open-flamingo-convert-mmc4=open_flamingo.scripts.convert_mmc4_to_wds:main",
         ]

@@ -116,6 +116,8 @@ def load(
     if lacking:
         raise ValueError(f"{found.place} does not record what the model is made of: pass {', '.join(sorted(lacking))}")
 
+    if trust_remote_code:
+        _refuse_own_code(found, given)
     saved = found.tokenizer if "tokenizer_path" not in given else None
     with _naming(found, given):
         # A folder that came with the checkpoint may not bring code, whatever of the language model's is trusted.
@@ -142,6 +144,19 @@ def load(
     tokenizer.padding_side = "left"
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), image_processor, tokenizer
+
+
+def _refuse_own_code(found: _Found, given: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint names itself as its language model or tokenizer, whose code would be trusted."""
+    for name in ("lm_path", "tokenizer_path"):
+        value = found.settings.get(name)
+        if name in given or value is None:
+            continue
+        inside = os.path.exists(found.place) and Path(value).resolve().is_relative_to(Path(found.place).resolve())
+        if inside or value == found.place:
+            raise ValueError(
+                f"{found.place} names itself as {name}, and code of a checkpoint is not run: pass {name}=… if you trust it"
+            )
 
 
 def _load_weights(model: Flamingo, found: _Found, tokenizer: Any) -> None:

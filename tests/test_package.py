@@ -26,7 +26,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("command", ["open-flamingo-train", "open-flamingo-convert", "open-flamingo-convert-mmc4"])
+@pytest.mark.parametrize(
+    "command", ["open-flamingo-train", "open-flamingo-convert", "open-flamingo-convert-mmc4", "open-flamingo-caption"]
+)
 def test_commands(command: str, installed: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(installed)}
     run = subprocess.run(

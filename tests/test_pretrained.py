@@ -193,6 +193,12 @@ def test_no_code_of_a_saved_folder_runs(trained: dict[str, Any], tmp_path: Path)
         load(folder, device="cpu", trust_remote_code=True)
     assert not mark.exists()
 
+    shutil.rmtree(folder / "tokenizer")
+    saved = json.loads((folder / "config.json").read_text()) | {"lm_path": str(folder / "lm")}
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="saved names itself as lm_path, and code of a checkpoint is not run"):
+        load(folder, device="cpu", trust_remote_code=True)
+
     torch.save({"more": Hostile(mark)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"saved: its model\.safetensors cannot be read"):
         load(folder)
