@@ -35,11 +35,12 @@ RELEASED_VISION = {"vision_encoder_path": "ViT-L-14", "vision_encoder_pretrained
 RELEASED_FILE = "checkpoint.pt"
 _HUB_NAME = re.compile(r"(?![.-])[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
-# What of a checkpoint's flags or config builds the model.
-SETTINGS = (
-    *("vision_encoder_path", "vision_encoder_pretrained", "lm_path", "tokenizer_path", "cross_attn_every_n_layers"),
-    *("decoder_layers_attr_name", "freeze_lm_embeddings", "train_output_rows"),
-)
+# What of a checkpoint's flags or config builds the model; the first five are arguments of `load`.
+SETTINGS = {
+    **dict.fromkeys(("vision_encoder_path", "vision_encoder_pretrained", "lm_path", "tokenizer_path"), str),
+    **{"cross_attn_every_n_layers": int, "decoder_layers_attr_name": str},
+    **{"freeze_lm_embeddings": bool, "train_output_rows": bool},
+}
 # Argument of `create_model_and_transforms`, which its errors name → argument here.
 _ARGUMENTS = {
     "clip_vision_encoder_path": "vision_encoder_path",
@@ -100,22 +101,10 @@ def load(
         the left as `Flamingo.generate` needs.
     """
     found = _find(os.fspath(checkpoint), cache_dir, use_local_files)
-    names = (
-        "vision_encoder_path",
-        "vision_encoder_pretrained",
-        "lm_path",
-        "tokenizer_path",
-        "cross_attn_every_n_layers",
-    )
     values = (vision_encoder_path, vision_encoder_pretrained, lm_path, tokenizer_path, cross_attn_every_n_layers)
-    given = {name: value for name, value in zip(names, values) if value is not None}
+    given = {name: value for name, value in zip(SETTINGS, values) if value is not None}
     settings = found.settings | given
-    lacking = [name for name in ("vision_encoder_path", "lm_path", "cross_attn_every_n_layers") if name not in settings]
-    if not made_of_weights(settings):
-        lacking.append("vision_encoder_pretrained")
-    if lacking:
-        raise ValueError(f"{found.place} does not record what the model is made of: pass {', '.join(sorted(lacking))}")
-
+    _check_complete(found, settings)
     if trust_remote_code:
         _refuse_own_code(found, given)
     saved = found.tokenizer if "tokenizer_path" not in given else None
@@ -144,6 +133,15 @@ def load(
     tokenizer.padding_side = "left"
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), image_processor, tokenizer
+
+
+def _check_complete(found: _Found, settings: dict[str, Any]) -> None:
+    """Raises ValueError, naming the arguments to pass, where neither they nor the checkpoint say what the model is made of."""
+    lacking = [name for name in ("vision_encoder_path", "lm_path", "cross_attn_every_n_layers") if name not in settings]
+    if not made_of_weights(settings):
+        lacking.append("vision_encoder_pretrained")
+    if lacking:
+        raise ValueError(f"{found.place} does not record what the model is made of: pass {', '.join(sorted(lacking))}")
 
 
 def _refuse_own_code(found: _Found, given: dict[str, Any]) -> None:
@@ -232,7 +230,6 @@ def _saved(folder: Path, place: str) -> _Found:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config["model_type"] != KIND:
             raise ValueError(f"{config['model_type']!r} is not {KIND!r}")
-        settings = {name: config[name] for name in SETTINGS if config.get(name) is not None}
         tokens = {token: config["tokens"][token] for token in (END_OF_CHUNK, IMAGE)}
         tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else None
         training = config.get("training") or {}
@@ -242,7 +239,16 @@ def _saved(folder: Path, place: str) -> _Found:
         weights = load_file(folder / WEIGHTS)
     except Exception as error:  # broken bytes make safetensors raise errors of its own
         raise ValueError(f"{place}: its {WEIGHTS} cannot be read: {error}") from error
-    return _Found(place, weights, settings, tokens, tokenizer, training)
+    return _Found(place, weights, _settings(config, place), tokens, tokenizer, training)
+
+
+def _settings(recorded: dict[str, Any], place: str) -> dict[str, Any]:
+    """Raises ValueError where one is of another type than it must be."""
+    settings = {name: recorded[name] for name in SETTINGS if recorded.get(name) is not None}
+    for name, value in settings.items():
+        if type(value) is not SETTINGS[name]:
+            raise ValueError(f"{place}: {name} is recorded as {value!r}")
+    return settings
 
 
 def _of_run(path: Path) -> _Found:
@@ -251,22 +257,18 @@ def _of_run(path: Path) -> _Found:
     from open_flamingo.train.checkpoint import SHARDED_STATE, files
     from open_flamingo.train.sharded import read_weights
 
-    is_folder = path.is_dir()
-    if is_folder and not (path / SHARDED_STATE).is_file():
-        newest = files.newest_readable(path)
-        if newest is None:
+    if path.is_dir() and not (path / SHARDED_STATE).is_file():
+        if (newest := files.newest_readable(path)) is None:
             raise ValueError(
                 f"{path} holds no checkpoint that can be read: give one, the folder of a run, or one of save_pretrained"
             )
-        path = newest[0]
-        checkpoint = newest[1]
-        is_folder = path.is_dir()
+        path, checkpoint = newest
     else:
         files.verify(path)
         checkpoint = files.load(path)
-    weights = read_weights(path, checkpoint) if is_folder else checkpoint["model_state_dict"]
+    weights = read_weights(path, checkpoint) if path.is_dir() else checkpoint["model_state_dict"]
     flags = checkpoint.get("flags", {})
-    settings = {name: flags[name] for name in SETTINGS if flags.get(name) is not None}
+    settings = _settings(flags, str(path))
     training: dict[str, Any] = {}
     if flags:
         updates, epochs = checkpoint.get("step", 0), checkpoint.get("epoch", -1) + 1

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, backbones: list[str], shards: 
     size = [
         "--batch_size_laion=8",
         "--train_num_samples_laion=64",
-        "--learning_rate=1e-2",
+        "--learning_rate=3e-3",
         "--warmup_steps=1",
         "--num_epochs=4",
     ]
@@ -67,6 +67,7 @@ def test_a_line_for_each_image_in_their_order(say: Callable[..., tuple[list[str]
     assert [line.split("\t")[0] for line in lines] == [str(photos / name) for name in names]
     captions = [line.split("\t")[1] for line in lines]
     assert all(captions)
+    assert len(set(captions)) > 1  # or a caption of another image would not show
     assert "skipped" not in err
     assert "<image>" not in "".join(captions)
 

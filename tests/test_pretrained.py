@@ -254,6 +254,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no checkpoint that can be read"):
         load(tmp_path / "empty")
+    torch.save({"model_state_dict": {}, "flags": {"lm_path": ["a"]}}, tmp_path / "flags.pt")
+    with pytest.raises(ValueError, match=r"flags\.pt: lm_path is recorded as \['a'\]"):
+        load(tmp_path / "flags.pt")
     (tmp_path / "empty/config.json").write_text('{"model_type": "opt"}')
     with pytest.raises(ValueError, match=r"empty: its config\.json is not one that save_pretrained wrote: 'opt'"):
         load(tmp_path / "empty")

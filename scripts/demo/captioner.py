@@ -1,4 +1,4 @@
-"""The trained model, used as anyone uses it: build it, load the checkpoint, generate."""
+"""The trained model, used as anyone uses it: load the checkpoint, generate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,27 +8,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from open_flamingo import create_model_and_transforms
+from open_flamingo import load
 
 
 class Captioner:
     """Images → captions.
 
     Args:
-        backbones: folder that `__main__.py` fills.
         checkpoint: a checkpoint of the training program.
     """
 
-    def __init__(self, backbones: Path, checkpoint: Path) -> None:
-        self.model, self.image_processor, self.tokenizer = create_model_and_transforms(
-            str(backbones / "vision.json"),
-            str(backbones / "vision.pt"),
-            str(backbones / "language"),
-            use_local_files=True,
-        )
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model_state_dict"]
-        self.model.load_state_dict(state, strict=False)
-        self.model.eval()
+    def __init__(self, checkpoint: Path) -> None:
+        self.model, self.image_processor, self.tokenizer = load(checkpoint, "cpu", use_local_files=True)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray], description: str, batch_size: int = 20) -> list[str]:

@@ -211,7 +211,7 @@ def report(folder: Path, scale: Scale, checkpoint: Path) -> None:
     images = [render(rng, scene) for scene in scenes]
     blanks = [render(rng, None) for _ in scenes]
 
-    captioner = Captioner(folder / "backbones", checkpoint)
+    captioner = Captioner(checkpoint)
     texts = captioner(images, "captions")
     seen = total_score(texts, scenes)
     blind = total_score(captioner(blanks, "captions of blank images"), scenes)
