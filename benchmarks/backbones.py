@@ -42,7 +42,8 @@ def write_backbones(folder: Path, shape: Shape) -> None:
 
 def write_configs(folder: Path, shape: Shape) -> None:
     shape.write(folder)
-    config = {"embed_dim": 64, "vision_cfg": shape.vision, "text_cfg": {"width": 64, "heads": 1, "layers": 1}}
+    text = {"width": 64, "heads": 1, "layers": 1}
+    config = {"embed_dim": 64, "vision_cfg": shape.vision, "text_cfg": text, "quick_gelu": shape.quick_gelu}
     (folder / VISION_CONFIG).write_text(json.dumps(config))
     sizes = {"vocab_size": shape.vocabulary, "bos_token_id": 0, "eos_token_id": 0}
     (folder / "language" / "config.json").write_text(json.dumps(shape.language | sizes))
@@ -88,6 +89,22 @@ def without_weights() -> Iterator[None]:
         yield
     finally:
         AutoModelForCausalLM.from_pretrained = original
+
+
+def build(folder: Path, gradient_checkpointing: bool, meta: bool = False) -> tuple[Any, Any, Any]:
+    """This program's model, image processor and tokenizer of what `write_backbones` wrote, with random weights or (`meta`) none."""
+    from open_flamingo import create_model_and_transforms  # not where the reference runs
+
+    with without_weights():
+        return create_model_and_transforms(
+            str(folder / VISION_CONFIG),
+            None,
+            str(folder / "language"),
+            cross_attn_every_n_layers=Shape.read(folder).cross_attn_every_n_layers,
+            use_local_files=True,
+            gradient_checkpointing=gradient_checkpointing,
+            meta=meta,
+        )
 
 
 @torch.no_grad()

@@ -25,18 +25,16 @@ import torch
 from torch import Tensor
 
 import open_flamingo.flamingo
-from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights
+from benchmarks.backbones import build, set_weights
 from benchmarks.child import serve
 from benchmarks.parts import Parts, loading_rate, matrix_rate, peak_memory
 from benchmarks.probe import new_shapes, product_rates, profile_steps, tensors_that_differ
-from benchmarks.shapes import Shape
 from benchmarks.shards import THRESHOLD
-from open_flamingo import create_model_and_transforms
 from open_flamingo.train.arguments import build_parser
 from open_flamingo.train.checkpoint import files as checkpoints
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
 from open_flamingo.train.checkpoint.saving import HostCopies, start_file
-from open_flamingo.train.checkpoint.sharded import start_sharded
+from open_flamingo.train.checkpoint.sharded import host_copies, start_sharded
 from open_flamingo.train.data.images import normalization
 from open_flamingo.train.data.labels import laion_labels, mmc4_labels
 from open_flamingo.train.data.loader import Batch, build_loader
@@ -106,7 +104,6 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
         folder = Path(args.folder)
-        shape = Shape.read(folder)
         flags = [f"--precision={args.precision}", "--run_name", str(folder / "run-ours")]
         flags += ["--loss_multiplier_laion=0.2", "--warmup_steps=0"]
         self.args = build_parser().parse_args(flags)
@@ -115,15 +112,8 @@ class Ours:
         device = self.world.device
         choose_kernels(deterministic=False)
         torch.manual_seed(0)
-        with without_weights(), device:
-            self.model, image_processor, tokenizer = create_model_and_transforms(
-                str(folder / VISION_CONFIG),
-                None,
-                str(folder / "language"),
-                cross_attn_every_n_layers=shape.cross_attn_every_n_layers,
-                use_local_files=True,
-                gradient_checkpointing=args.gradient_checkpointing,
-            )
+        with device:
+            self.model, image_processor, tokenizer = build(folder, args.gradient_checkpointing)
         self.model.to(device)
         set_weights(self.model, folder)
         cast_frozen_weights(self.model, args.precision)
@@ -147,7 +137,9 @@ class Ours:
             False: functools.partial(start_file, HostCopies(self._checkpoint_bytes(), device))
         }
         if args.group:
-            self._savers[True] = functools.partial(start_sharded, torch.distributed.new_group(backend="gloo"))
+            self._savers[True] = functools.partial(
+                start_sharded, torch.distributed.new_group(backend="gloo"), host_copies(self.world.device)
+            )
 
     # ---------------------------------------------------------------- what is asked
 
@@ -284,10 +276,7 @@ class OurLoaders:
     """The loaders alone."""
 
     def __init__(self, folder: Path) -> None:
-        with without_weights():
-            _, self.image_processor, self.tokenizer = create_model_and_transforms(
-                str(folder / VISION_CONFIG), None, str(folder / "language"), use_local_files=True
-            )
+        _, self.image_processor, self.tokenizer = build(folder, gradient_checkpointing=False, meta=True)
 
     def functions(self) -> list[Callable[..., Any]]:
         return [self.rate]

@@ -25,16 +25,15 @@ if __name__ == "__main__":  # this checkout, installed or not
 import torch
 
 from benchmarks import report, steps
-from benchmarks.backbones import VISION_CONFIG, without_weights
+from benchmarks.backbones import build
 from benchmarks.ours import Fed, to_batch
 from benchmarks.shapes import SHAPES
-from open_flamingo import Flamingo, create_model_and_transforms
 from open_flamingo.train import estimate
 from open_flamingo.train.distributed import detect_launcher, distributed
 from open_flamingo.train.estimate import BatchSize, Strategy
 from open_flamingo.train.optimizer import build_optimizer
 from open_flamingo.train.parallel import Sharding, parallelize
-from open_flamingo.train.precision import cast_frozen_weights
+from open_flamingo.train.precision import autocast_dtype, cast_frozen_weights
 from open_flamingo.train.step import TrainDataset, Trainer, train_step
 
 CASES = (
@@ -56,22 +55,6 @@ def resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def build(folder: Path, args: argparse.Namespace, meta: bool) -> Flamingo:
-    shape = SHAPES[args.shape]
-    with without_weights():
-        model, _, _ = create_model_and_transforms(
-            str(folder / VISION_CONFIG),
-            None,
-            str(folder / "language"),
-            cross_attn_every_n_layers=shape.cross_attn_every_n_layers,
-            use_local_files=True,
-            gradient_checkpointing=args.gradient_checkpointing,
-            meta=meta,
-        )
-    cast_frozen_weights(model, args.precision)
-    return model
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
@@ -81,12 +64,13 @@ def main() -> None:
     args = parser.parse_args()
     shape, folder = SHAPES[args.shape], steps.FOLDER / args.shape
     batch = torch.load(folder / "batches.pt")[0]
-    paper = build(folder, args, meta=True)
+    paper = build(folder, args.gradient_checkpointing, meta=True)[0]
+    cast_frozen_weights(paper, args.precision)
     sizes = [BatchSize(of.rows, of.tokens, of.slots) for of in (shape.laion, shape.mmc4)]
     image_size = (shape.vision["image_size"],) * 2
     with distributed(detect_launcher()) as world:
         strategy = Strategy("", world.world_size, world.world_size if args.fsdp else 1, True)
-        units = estimate.unit_pieces(paper)
+        units = estimate.unit_pieces(paper, args.precision)
         estimated = estimate.peak_memory(
             units, strategy, estimate.measure_passes(paper, args.precision, sizes, image_size)
         )
@@ -94,8 +78,11 @@ def main() -> None:
         del paper
         gc.collect()
         before = resident("VmRSS")
-        model = build(folder, args, meta=not world.is_main)
-        parallel = parallelize(model, world, Sharding(world.world_size) if args.fsdp else None).train()
+        model = build(folder, args.gradient_checkpointing, meta=not world.is_main)[0]
+        cast_frozen_weights(model, args.precision)
+        parallel = parallelize(
+            model, world, Sharding(world.world_size, gather_dtype=autocast_dtype(args.precision)) if args.fsdp else None
+        ).train()
         datasets = []
         for kind in ("laion", "mmc4"):
             rows = dict(batch[kind])

@@ -166,9 +166,9 @@ def count(recipe: Recipe, gradient_checkpointing: bool) -> Counted:
     parameters["language model"] -= parameters["gated blocks"] + parameters["new rows"]
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    units_fp32 = unit_pieces(model)
+    units_fp32 = unit_pieces(model, "fp32")
     cast_frozen_weights(model, "amp_bf16")
-    units = unit_pieces(model)
+    units = unit_pieces(model, "amp_bf16")
     return Counted(parameters, trained, units, units_fp32, measure_passes(model, "amp_bf16", BATCHES.values()))
 
 

@@ -47,6 +47,7 @@ class Shape:
     """A model and its batches.
 
     vision: OpenCLIP's `vision_cfg` of a ViT.
+    quick_gelu: whether the ViT is as OpenAI's, in this too.
     language: Hugging Face config with its `model_type`; its matrices have `vocabulary` rows, new tokens included.
     """
 
@@ -55,6 +56,7 @@ class Shape:
     language: dict[str, Any]
     vocabulary: int = 50_432
     cross_attn_every_n_layers: int = 1
+    quick_gelu: bool = False
     laion: Text = Text(8, 32, 1, (1,))
     mmc4: Text = Text(4, 256, 6, (4, 3, 2, 1))
 
@@ -107,7 +109,11 @@ def mpt(width: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 # The batch of the published recipes, on each GPU, with 3 images a document.
-RECIPE: dict[str, Any] = {"laion": Text(64, 32, 1, (1,)), "mmc4": Text(32, 256, 6, (1, 2, 3, 4, 5, 3))}
+RECIPE: dict[str, Any] = {
+    "quick_gelu": True,
+    "laion": Text(64, 32, 1, (1,)),
+    "mmc4": Text(32, 256, 6, (1, 2, 3, 4, 5, 3)),
+}
 
 TOY_VIT = vit(64, 2, 32, size=64, head=32)
 TOY: dict[str, Any] = {"vocabulary": 1000, "laion": Text(2, 16, 1, (1,)), "mmc4": Text(2, 32, 3, (2, 1))}

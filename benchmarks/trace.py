@@ -23,10 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import open_flamingo.flamingo
-from benchmarks.backbones import VISION_CONFIG, write_backbones
+from benchmarks.backbones import build, write_backbones
 from benchmarks.report import table
 from benchmarks.shapes import Shape, Text
-from open_flamingo import Flamingo, create_model_and_transforms
+from open_flamingo import Flamingo
 from open_flamingo.loss import LabeledPositions
 from open_flamingo.train.distributed import World
 from open_flamingo.train.estimate import Meter
@@ -97,7 +97,8 @@ class GpuAutocast(TorchFunctionMode):
     """Converts to float32 where autocast does so on a GPU alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FLOAT32_FUNCTIONS and torch.is_autocast_enabled("cpu"):
+        given_dtype = (kwargs or {}).get("dtype") is not None
+        if func in FLOAT32_FUNCTIONS and not given_dtype and torch.is_autocast_enabled("cpu"):
             low = torch.get_autocast_dtype("cpu")
             args, kwargs = tree_map(
                 lambda x: x.float() if isinstance(x, Tensor) and x.dtype == low else x, (args, kwargs or {})
@@ -172,25 +173,13 @@ class Tracer(Meter):
         return result
 
 
-def build(shape: Shape, precision: str, gradient_checkpointing: bool) -> Flamingo:
-    with TemporaryDirectory() as folder:
-        write_backbones(Path(folder), shape)
-        model, _, _ = create_model_and_transforms(
-            str(Path(folder) / VISION_CONFIG),
-            None,
-            str(Path(folder) / "language"),
-            cross_attn_every_n_layers=shape.cross_attn_every_n_layers,
-            use_local_files=True,
-            gradient_checkpointing=gradient_checkpointing,
-            meta=True,
-        )
-    cast_frozen_weights(model, precision)
-    return model.train()
-
-
 def trace(shape: Shape, precision: str, gpu: Gpu, gradient_checkpointing: bool = False) -> Trace:
     """One update on full rows, as `shapes.draw_batches` makes them."""
-    model, device, found = build(shape, precision, gradient_checkpointing), torch.device("cpu"), Trace(gpu)
+    device, found = torch.device("cpu"), Trace(gpu)
+    with TemporaryDirectory() as folder:
+        write_backbones(Path(folder), shape)
+        model = build(Path(folder), gradient_checkpointing, meta=True)[0].train()
+    cast_frozen_weights(model, precision)
     tracer = Tracer(found)
     watch_parts(tracer, model)
     labeled_loss, patch_tokens = open_flamingo.flamingo.labeled_loss, open_flamingo.flamingo.patch_tokens
@@ -208,6 +197,7 @@ def trace(shape: Shape, precision: str, gpu: Gpu, gradient_checkpointing: bool =
         stack.enter_context(patch.object(open_flamingo.flamingo, "labeled_loss", traced_loss))
         stack.enter_context(patch.object(open_flamingo.flamingo, "patch_tokens", traced_tower))
         stack.enter_context(patch("open_flamingo.loss.MAX_LOGITS", open_flamingo.loss.MAX_LOGITS_ON_GPU))
+        stack.enter_context(patch("open_flamingo.loss._on_cpu", open_flamingo.loss._on_gpu))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         broadcast_from_rank0(model, model, World(rank=1, device=device), set())
         optimizer = build_optimizer(model, 1e-4, 0.1)

@@ -5,10 +5,11 @@ After Flamingo (Alayrac et al. 2022, sections 3.1.2 and 3.1.3). Module names are
 Dimensions: B batch, T text tokens, N images, L latents per image, D text width, E image width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .resampler import ATTENTION_WIDTH, FeedForward, attend
 
@@ -20,16 +21,20 @@ class MediaMask(NamedTuple):
     backward pass.
     """
 
-    attend: Tensor  # bool[B, 1, T, N·L], True where token t attends to the latent
+    bias: Tensor  # [B, 1, T, N·L], added to the scores: 0 where token t attends to the latent, else -inf
     visible: Tensor  # bool[B, T, 1], False for the tokens that see no image; the attention's output is set to 0 there
 
 
-def media_mask(text_time: Tensor, num_images: int, num_latents: int) -> MediaMask:
-    """Of `text_time` long[B, T], the number (from 1) of the image that each token sees, 0 for none."""
+def media_mask(text_time: Tensor, num_images: int, num_latents: int, dtype: torch.dtype = torch.float32) -> MediaMask:
+    """Of `text_time` long[B, T], the number (from 1) of the image that each token sees, 0 for none. `dtype`: that of the attention's
+    queries. (Of a mask of bools, each layer's attention would make such a bias anew.)"""
     text_time = text_time.unsqueeze(-1)  # [B, T, 1]
     visible = text_time > 0
     of_latents = torch.arange(num_images * num_latents, device=text_time.device) // num_latents + 1  # each one's image
-    return MediaMask((text_time.unsqueeze(1) == of_latents) | ~visible.unsqueeze(1), visible)
+    hidden = (text_time.unsqueeze(1) != of_latents) & visible.unsqueeze(1)
+    return MediaMask(
+        torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf")), visible
+    )
 
 
 class MaskedCrossAttention(nn.Module):
@@ -59,11 +64,11 @@ class MaskedCrossAttention(nn.Module):
             keys_values = kept[self]
         rows, beams = len(media), len(query) // len(media)
         if beams == 1:
-            return self.to_out(attend(query, keys_values, mask.attend)) * mask.visible
+            return self.to_out(attend(query, keys_values, mask.bias)) * mask.visible
         # All beams' tokens as if they were one text: keys and values need no copy for each.
         folded = query.unflatten(0, (rows, beams)).flatten(1, 2)
-        visible = mask.attend.squeeze(1).unflatten(0, (rows, beams)).flatten(1, 2).unsqueeze(1)
-        attended = attend(folded, keys_values, visible).unflatten(1, (beams, -1)).flatten(0, 1)
+        bias = mask.bias.squeeze(1).unflatten(0, (rows, beams)).flatten(1, 2).unsqueeze(1)
+        attended = attend(folded, keys_values, bias).unflatten(1, (beams, -1)).flatten(0, 1)
         return self.to_out(attended) * mask.visible
 
 
@@ -82,8 +87,31 @@ class GatedCrossAttentionBlock(nn.Module):
     ) -> Tensor:
         """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D], in the type of `hidden_states`. For rows and `kept`, see
         `MaskedCrossAttention`."""
-        dtype = hidden_states.dtype
-        attended = self.attn(hidden_states, media, mask, kept) * self.attn_gate.tanh()
-        hidden_states = hidden_states + attended.to(dtype)
-        fed = self.ff(hidden_states) * self.ff_gate.tanh()
-        return hidden_states + fed.to(dtype)
+        hidden_states = gated_sum(hidden_states, self.attn(hidden_states, media, mask, kept), self.attn_gate)
+        return gated_sum(hidden_states, self.ff(hidden_states), self.ff_gate)
+
+
+def gated_sum(hidden_states: Tensor, added: Tensor, gate: Tensor) -> Tensor:
+    """`hidden_states` + `added` · tanh(`gate`), both [B, T, D], gate [1], in the type of `hidden_states`."""
+    if torch.compiler.is_compiling():  # the compiler makes one kernel of it
+        return hidden_states + (added * gate.tanh()).to(hidden_states.dtype)
+    return _GatedSum.apply(hidden_states, added, gate)
+
+
+class _GatedSum(torch.autograd.Function):
+    """In one kernel, and with gradients in the type of what they are of. Step by step, where `added` is of a lower precision than the
+    gate there would be a product in the gate's, forward and backward, and conversions."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, added: Tensor, gate: Tensor) -> Tensor:
+        opened = gate.tanh()
+        ctx.save_for_backward(added, opened)
+        return torch.addcmul(hidden_states, added, opened).to(hidden_states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        added, opened = ctx.saved_tensors
+        of_added = torch.mul(gradient, opened, out=torch.empty_like(added))
+        of_opened = (gradient * added).sum(dtype=torch.float32).to(opened.dtype).view(1)
+        return gradient, of_added, torch.ops.aten.tanh_backward(of_opened, opened)

@@ -67,8 +67,15 @@ class Conditioning:
         if repeats > 1:
             text_time = text_time.repeat_interleave(repeats, 0)  # of the media, attention needs no copies
         self.media = media
-        self.mask = media_mask(text_time, *self.latents.shape[1:3])
+        self.mask = media_mask(text_time, *self.latents.shape[1:3], dtype=compute_dtype(media))
         self.uses_cache = uses_cache or cache is not None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What products of `tensor` are computed in: autocast's type where it is enabled."""
+    device = tensor.device.type
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else tensor.dtype
 
 
 _CONDITIONING: ContextVar[Conditioning | None] = ContextVar("conditioning", default=None)
@@ -274,7 +281,7 @@ def _new_token_logits(owner: Any, head: nn.Module, args: tuple[Any, ...], logits
     bias: Any = getattr(head, "bias", None)
     rows = owner.new_rows.to(args[0].dtype)
     new_logits = F.linear(args[0], rows, None if bias is None else bias[owner.new_ids])
-    return logits.index_copy(-1, owner.new_ids, new_logits.to(logits.dtype))
+    return logits.index_copy_(-1, owner.new_ids, new_logits.to(logits.dtype))  # in place: there is no larger tensor
 
 
 class EmbeddingPatch:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .language_model import heads_are_tied, input_embedding, output_head, replaced
+from .language_model import compute_dtype, heads_are_tied, input_embedding, output_head, replaced
 
 IGNORED = -100  # the label of a token that does not count
-# Bytes of logits alive at once: on a CPU few, so that they stay near its cache; on a GPU few rows would leave the matrix units idle.
-# Each piece reads the head's matrix again.
-MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**24, 2**26
+# Bytes of logits alive at once: on a CPU few, so that they stay near its cache; on a GPU few rows would leave the matrix units idle,
+# and each piece is some 30 kernels to launch. Each piece reads the head's matrix again.
+MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**24, 2**27
 
 
 class LabeledPositions(NamedTuple):
@@ -56,17 +56,15 @@ def labeled_loss(
     """
     hidden_states = hidden_states[:, :-1].flatten(0, 1).index_select(0, positions)
     embedding, head = input_embedding(lang_encoder), output_head(lang_encoder)
-    device = hidden_states.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocasts else hidden_states.dtype
-    max_logits = MAX_LOGITS if device == "cpu" else MAX_LOGITS_ON_GPU
+    dtype = compute_dtype(hidden_states)
+    max_logits = MAX_LOGITS if hidden_states.device.type == "cpu" else MAX_LOGITS_ON_GPU
     chunk = max(1, max_logits // dtype.itemsize // len(embedding.weight))
     pieces = zip(hidden_states.split(chunk), targets.split(chunk))
     owner = embedding if heads_are_tied(lang_encoder) else head
     trained_rows = [parameter for parameter in owner.parameters() if parameter.requires_grad]
     # A frozen head is held in float32, as checkpoints hold it: autocast would convert it again for every piece.
     weight = head._parameters.get("weight")
-    convert = autocasts and weight is not None and not weight.requires_grad
+    convert = weight is not None and not weight.requires_grad and weight.dtype != dtype
     with replaced(head._parameters, "weight", weight.to(dtype)) if convert else nullcontext():
         if per_token:
             return torch.cat([_loss(lang_encoder, *piece, reduction="none") for piece in pieces])
@@ -100,9 +98,10 @@ class _SummedLoss(torch.autograd.Function):
             piece = hidden[place : place + chunk].detach().requires_grad_()
             with torch.enable_grad():
                 logits = logits_of(lang_encoder, piece)
-            total += _loss_and_gradient(logits.detach(), targets[place : place + chunk])
-            of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], logits.detach())
-            del logits  # before the next ones are made
+            loss, gradient = _loss_and_gradient(logits.detach(), targets[place : place + chunk])
+            of_piece, *of_trained = torch.autograd.grad(logits, [piece, *trained], gradient)
+            del logits, gradient  # before the next ones are made
+            total += loss
             hidden_gradient[place : place + chunk] = of_piece
             for gradient, part in zip(gradients, of_trained):
                 gradient += part
@@ -115,20 +114,28 @@ class _SummedLoss(torch.autograd.Function):
         return None, None, of_hidden, None, *of_trained
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the cross entropies, float32[]. `logits` [P, V] become its gradient with respect to them.
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross entropies, float32[], of `logits` [P, V], which are overwritten; and its gradient with respect to them: softmax(logits) -
+    onehot(targets). Autograd would make four more tensors of this size."""
+    return (_on_cpu if logits.device.type == "cpu" else _on_gpu)(logits, targets[:, None])
 
-    That is softmax(logits) - onehot(targets). Autograd would make four more tensors of this size.
-    """
-    values, targets = logits.float(), targets[:, None]  # float32 values are the logits themselves
+
+def _on_cpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    values = logits.float()  # float32 values are the logits themselves
     values.sub_(values.amax(1, keepdim=True))
     of_target = values.gather(1, targets)
     sums = values.exp_().sum(1, keepdim=True)
     total = (sums.log() - of_target).sum()
     values.div_(sums).scatter_add_(1, targets, sums.new_full((), -1.0).expand(targets.shape))
-    if values is not logits:
-        logits.copy_(values)
-    return total
+    return total, values if values is logits else logits.copy_(values)
+
+
+def _on_gpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As few kernels and passes over the logits as torch has: what `_on_cpu` does is eleven passes. (On a CPU those are in its cache, and faster.)"""
+    of_target = F.log_softmax(logits, 1, dtype=torch.float32).gather(1, targets)
+    gradient = logits.softmax(1, dtype=logits.dtype)  # given, as autocast would take float32
+    # The target's probability less 1, before anything is rounded: of one near 1 nothing would be left.
+    return -of_target.sum(), gradient.scatter_(1, targets, of_target.expm1().to(gradient.dtype))
 
 
 def full_loss(logits: Tensor, positions: Tensor, targets: Tensor, per_token: bool = False) -> Tensor:

@@ -20,17 +20,17 @@ class FeedForward(nn.Sequential):
     """Pre-norm feed-forward D → 4·D → D without biases, as in both trained parts of the model."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(
-            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
-        )
+        widen, narrow = nn.Linear(dim, 4 * dim, bias=False), GeluLinear(4 * dim, dim, bias=False)
+        super().__init__(nn.LayerNorm(dim), widen, nn.Identity(), narrow)  # the names of parameters are their places
+
+
+class GeluLinear(nn.Linear):
+    """`linear(gelu(x))`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] → [..., D]."""
         if torch.compiler.is_compiling():  # the compiler decides what it keeps
-            return super().forward(x)
-        norm, widen, _, narrow = self
-        hidden = widen(norm(x))
-        return _GeluLinear.apply(hidden, narrow.weight.to(hidden.dtype))
+            return super().forward(F.gelu(x))
+        return _GeluLinear.apply(x, self.weight.to(x.dtype))
 
 
 class _GeluLinear(torch.autograd.Function):

@@ -10,7 +10,8 @@ Dimensions: M images, V patch tokens, D width.
 from typing import Any
 
 import torch
-from torch import Tensor
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
 
 
 def patch_tokens(tower: Any, images: Tensor) -> Tensor:
@@ -52,3 +53,15 @@ def patch_width(tower: Any, image_size: tuple[int, int]) -> int:
     parameter = next(tower.parameters())
     image = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
     return patch_tokens(tower, image).shape[-1]
+
+
+@torch.no_grad()
+def fuse_quick_gelu(tower: nn.Module) -> None:
+    """In the ViTs of OpenAI's CLIP x · sigmoid(1.702 · x) is three kernels. It is silu(1.702 · x) / 1.702, one kernel, with the factors
+    multiplied into the matrices before and after it, in place."""
+    for mlp in tower.modules():
+        if isinstance(mlp, nn.Sequential) and isinstance(getattr(mlp, "gelu", None), QuickGELU):
+            for parameter in mlp.c_fc.parameters():
+                parameter.mul_(1.702)
+            mlp.c_proj.weight.div_(1.702)
+            mlp.gelu = nn.SiLU()

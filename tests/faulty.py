@@ -25,7 +25,7 @@ from open_flamingo.train.health import Health
 from open_flamingo.train.train import main
 
 load = Loader.__next__
-compute_loss, begin, build, save = step.compute_loss, Health.begin, loop.create_model_and_transforms, files.save
+compute_loss, begin, build, save = step.compute_loss, Health.begin, loop.model_from_flags, files.save
 destroy_process_group = dist.destroy_process_group
 update = 0
 
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     if "seconds_loading" in plan:
         Loader.__next__ = load_slowly  # type: ignore[method-assign]
     if "seconds_building" in plan:
-        loop.create_model_and_transforms = build_slowly  # type: ignore[assignment]
+        loop.model_from_flags = build_slowly  # type: ignore[assignment]
     if "seconds_saving" in plan:
         files.save = save_slowly
     if plan.get("collective_end"):

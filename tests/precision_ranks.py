@@ -27,10 +27,13 @@ from tests.conftest import AT_LENGTH
 RUNS = (
     ("fp32", "ddp", False),
     ("amp_bf16", "ddp", False),
+    ("amp_bf16", "full", False),
+    ("amp_bf16", "full, gathered in bfloat16", False),
     ("bf16", "ddp", False),
     ("bf16", "full", False),
     ("fp16", "ddp", False),
     ("fp16", "hybrid", False),
+    ("fp16", "full, gathered in float16", False),
     ("fp16", "full", True),
 )
 if AT_LENGTH:
@@ -41,7 +44,13 @@ if AT_LENGTH:
         ("fp16", "full", False),
     )
 # `hybrid`: a mesh of two dimensions, of two groups of one rank.
-SHARDINGS = {"ddp": None, "full": Sharding(2), "hybrid": Sharding(1)}
+SHARDINGS = {
+    "ddp": None,
+    "full": Sharding(2),
+    "full, gathered in bfloat16": Sharding(2, gather_dtype=torch.bfloat16),
+    "full, gathered in float16": Sharding(2, gather_dtype=torch.float16),
+    "hybrid": Sharding(1),
+}
 
 
 def main() -> None:

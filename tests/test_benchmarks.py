@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import child as child_module
-from benchmarks import gpu, learn, loading, real, reference, report, saving, shards, steps
+from benchmarks import gpu, learn, loading, real, reference, report, saving, shards, steps, trace
 from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights, write_backbones
 from benchmarks.child import ROOT, Child
 from benchmarks.shapes import SHAPES, Shape, Text, draw_batches, gpt_neox, needed_flops, vit
@@ -166,6 +166,24 @@ def test_needed_flops_are_those_of_an_update(tmp_path: Path) -> None:
     assert counted == pytest.approx(sum(needed.values()), rel=0.05)
     assert needed["vision"] > 0
     assert counted > sum(needed.values())
+
+
+def test_a_trace_has_the_operations_of_each_part_and_the_conversions_of_a_gpu() -> None:
+    shape = SHAPES["toy-mpt"]
+    batch = draw_batches(shape, media_id=shape.vocabulary - 2, eoc_id=shape.vocabulary - 3, count=1)[0]
+    needed = needed_flops(shape, batch, media_id=shape.vocabulary - 2)
+    plain, mixed = (trace.trace(shape, precision, trace.GPUS["H100"]) for precision in ("fp32", "amp_bf16"))
+    for part, least in needed.items():
+        for found in (plain, mixed):
+            flops = found.parts["head and loss" if part == "head" else part].flops
+            # Gated blocks attend to the slots of rows with fewer images, too.
+            assert least <= flops <= (1.35 if part == "gated cross-attention" else 1.1) * least, part
+    casts = {part: mixed.operations[part, "_to_copy"].kernels for part in ("resampler", "gated cross-attention")}
+    # Of each of two passes and 6 + 2 layers: five matrices there and their gradients back, and what norms gave in float32.
+    assert casts["resampler"] >= 2 * 6 * 12
+    assert casts["gated cross-attention"] >= 2 * 2 * 12
+    assert ("gated cross-attention", "_to_copy") not in plain.operations
+    assert mixed.peak < plain.peak
 
 
 def test_large_language_models_have_the_layers_that_are_counted() -> None:

@@ -74,6 +74,7 @@ WRONG: dict[str, dict[str, str]] = {
     "--val_captions": NOT_WHOLE_FROM_0,
     "--dry_run_ranks": NOT_WHOLE_FROM_1,
     "--dry_run_gpu": {"V100": "choose from"},
+    "--preview": NOT_WHOLE_FROM_1,
     "--batch_size_laion": NOT_WHOLE_FROM_1,
     "--batch_size_mmc4": NOT_WHOLE_FROM_1,
     "--train_num_samples_laion": NOT_WHOLE_FROM_1 | {"5000": "The nearest that agree"},

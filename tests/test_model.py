@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from open_flamingo import mpt
 from open_flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_mask
 from open_flamingo.language_model import conditioned
+from open_flamingo.loss import _on_cpu, _on_gpu
 from open_flamingo.resampler import FeedForward, PerceiverResampler
 from tests.families import (
     END_OF_CHUNK,
@@ -191,7 +192,8 @@ def test_the_feed_forward_is_its_layers_and_keeps_the_widest_tensor_once(autocas
         return wide, [output.detach(), *torch.autograd.grad(output.float().square().sum(), [x, *feed.parameters()])]
 
     kept, found = run(feed)
-    kept_by_layers, expected = run(lambda x: nn.Sequential(*feed)(x))
+    norm, widen, _, narrow = feed
+    kept_by_layers, expected = run(lambda x: F.linear(F.gelu(widen(norm(x))), narrow.weight))
     assert (kept, kept_by_layers) == (1, 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -417,7 +419,7 @@ def test_a_cache_counts_under_any_name_and_in_any_form() -> None:
         for name in ("cache", "past_key_values", "memory"):
             with conditioned(conditioning):
                 model.lang_encoder(torch.tensor([[9]]), **{name: cache})
-            seen = conditioning.mask.attend[0, 0, 0].unflatten(0, (2, -1)).all(1)
+            seen = (conditioning.mask.bias[0, 0, 0] == 0).unflatten(0, (2, -1)).all(1)
             assert seen.tolist() == [False, True]  # the fourth token names the second image
 
 
@@ -562,3 +564,19 @@ def test_the_language_model_alone_says_that_it_needs_images() -> None:
     model = flamingo(language_model("llama", True))
     with pytest.raises(RuntimeError, match="call the Flamingo"):
         model.lang_encoder(torch.tensor([[3, 4]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_of_a_gpu_is_that_of_a_cpu(dtype: torch.dtype) -> None:
+    """Two ways to the same sum and the same gradient; of a target that is all but certain, too."""
+    torch.manual_seed(0)
+    logits, targets = 4 * torch.randn(6, 1000), torch.randint(1000, (6,))
+    logits[0, targets[0]] = 20.0
+    logits = logits.to(dtype)
+    exact = logits.double().softmax(1)
+    exact[range(6), targets] -= 1
+    for way in (_on_cpu, _on_gpu):
+        total, gradient = way(logits.clone(), targets[:, None])
+        torch.testing.assert_close(total, F.cross_entropy(logits.float(), targets, reduction="sum"))
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-7)

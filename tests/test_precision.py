@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import weakref
@@ -23,6 +24,7 @@ from open_flamingo.train.parallel import check_compiler, compile_blocks
 from open_flamingo.train.precision import _AUTOCAST, LossScaler, autocast, cast_frozen_weights
 from open_flamingo.train.train import main
 from open_flamingo.train.validation import Validator
+from open_flamingo.vision import fuse_quick_gelu, patch_tokens
 from tests.conftest import AT_LENGTH
 from tests.families import IMAGE, flamingo, images, language_model, text
 from tests.precision_ranks import RUNS
@@ -99,9 +101,9 @@ def test_each_precision_trains_as_float32_does(
 def test_openclips_vit_is_held_and_runs_in_the_lower_precision_alone(precision: str) -> None:
     """The same numbers as with its matrices alone in it, under autocast, to the rounding of norms."""
     model = flamingo(language_model("opt", True), tower=lambda: CLIP(**VISION_CONFIG).visual, vis_dim=32)
-    pictures = torch.randn(3, 1, 3, 32, 32)
+    batch = torch.randn(3, 1, 3, 32, 32)
     with torch.no_grad():
-        exact = model._encode(pictures)
+        exact = model._encode(batch)
         cast_frozen_weights(model, precision)
         assert {p.dtype for p in model.vision_encoder.parameters()} == {_AUTOCAST[precision]}
         modes = []
@@ -109,7 +111,7 @@ def test_openclips_vit_is_held_and_runs_in_the_lower_precision_alone(precision: 
             lambda *_: modes.append(torch.is_autocast_enabled("cpu"))
         )
         with autocast(precision, torch.device("cpu")):
-            latents = model._encode(pictures)
+            latents = model._encode(batch)
     assert modes == [False]
     assert (latents - exact).norm() < 0.02 * exact.norm()
 
@@ -200,6 +202,8 @@ def test_two_ranks_skip_and_compile_together(flags_of_module: list[str], tmp_pat
         assert line["loss"] == pytest.approx(plain["loss"], rel=bounds[precision]), (precision, way, compiled)
         if precision == "fp16":
             assert line["scaling"] == {"scale": 2.0**15, "good_updates": 1, "skipped": 1}, (way, compiled)
+    gathered = (said[("amp_bf16", f"full{how}", False), 0] for how in ("", ", gathered in bfloat16"))
+    assert len({line["weights"] for line in gathered}) == 1  # half the bytes, the same update
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,3 +346,21 @@ def test_a_machine_that_cannot_compile_is_told_before_anything_is_built(
         main([*flags_of_module, "--lm_path=no/such-model", f"--run_name={tmp_path}", "--compile"])
     assert refused.value.code == 1
     assert "--compile" in capsys.readouterr().err
+
+
+def test_quick_gelu_in_one_kernel_is_the_same_and_rounds_no_worse() -> None:
+    torch.manual_seed(0)
+    config = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 32}
+    tower = CLIP(32, config, {"width": 32, "heads": 1, "layers": 1}, quick_gelu=True).visual.eval()
+    batch = torch.randn(4, 3, 32, 32)
+    fused = copy.deepcopy(tower)
+    fuse_quick_gelu(fused)
+    assert sum(isinstance(module, nn.SiLU) for module in fused.modules()) == 3
+    with torch.no_grad():
+        expected = patch_tokens(tower, batch)
+        torch.testing.assert_close(patch_tokens(fused, batch), expected, rtol=1e-5, atol=1e-5)
+        errors = [
+            (patch_tokens(low.bfloat16(), batch.bfloat16()).float() - expected).square().mean()
+            for low in (fused, tower)
+        ]
+    assert errors[0] < 1.05 * errors[1]

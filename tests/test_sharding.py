@@ -220,6 +220,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             fsdp_sharding_strategy=strategy,
             fsdp_shard_size=given,
             fsdp_frozen=None,
+            compile=False,
+            precision="amp_bf16",
         )
         sharding = sharding_from_flags(args, World(world_size=ranks, local_world_size=ranks_of_node))
         assert sharding is not None

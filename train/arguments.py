@@ -183,9 +183,12 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--dry_run", action="store_true",
         help="do not train: build the model without memory, read a little of the data, and print the memory, time, disk space and "
         "data of the run; exit code 1 where something will fail or is very likely wrong. Needs no GPU")
-    add("--dry_run_ranks", type=positive_int, help="number of ranks to plan for. Default: as launched")
+    add("--dry_run_ranks", type=positive_int, help="number of ranks to plan for, or whose rank 0 to preview. Default: as launched")
     add("--dry_run_gpu", choices=["A100-40GB", "A100", "H100", "H200", "B200"],
         help="GPU to plan for. Default: the one that is here, if it is one of these")
+    add("--preview", type=positive_int, metavar="N",
+        help="do not train: write {run_name}/preview.html, a page of the first N samples of each dataset as rank 0 would train on them "
+        "(images, tokens, what counts in the loss, what was cut off), and of what is left out and why. Needs no GPU")
     add("--resume_from_checkpoint",
         help="checkpoint to start from, this program's or the reference's, while the run folder has none of its own")
     add("--allow_changed_flags", action="store_true",
@@ -310,6 +313,8 @@ def check_flags(args: argparse.Namespace) -> None:
             check(*values)
         except (ValueError, OSError) as error:  # OSError: a name that is too long, say
             raise ValueError(f"{flag}: {error}") from error
+    if args.preview and args.dry_run:
+        raise ValueError(f"--preview {args.preview} and --dry_run: give one of them, then the other")
     if args.save_checkpoints_to_wandb and not args.report_to_wandb:
         raise ValueError("--save_checkpoints_to_wandb needs --report_to_wandb")
     if args.save_checkpoints_to_wandb and args.checkpoint_format == "sharded":

@@ -35,7 +35,6 @@ from open_flamingo.train.precision import cast_frozen_weights
 from open_flamingo.train.report import log_in_to_wandb, setup_logging
 from open_flamingo.train.schedule import Plan
 from open_flamingo.train.step import part_sizes
-from open_flamingo.weights import trained_tensors
 
 UTILIZATION = 0.4  # of a GPU's matrix rate; an H200 reached 43 % with 3B
 LINK_SHARE = 0.8  # of its links' rates
@@ -122,9 +121,9 @@ def examine(args: Namespace, screen: Screen) -> None:
     flops = None
     with suppress(Exception):  # of a tower that cannot be counted there is no figure
         flops = ModelFlops.of(model, image)
-    planned.checkpoint = checkpoint_size(model)
+    planned.checkpoint = estimate.checkpoint_size(model)
     cast_frozen_weights(model, args.precision)
-    planned.units = estimate.unit_pieces(model)
+    planned.units = estimate.unit_pieces(model, args.precision)
     say_memory(planned, model, image.shape[-2:])
     if flops is not None:
         say_time(planned, flops)
@@ -149,13 +148,6 @@ def check_weights(args: Namespace, screen: Screen) -> None:
     folder = Path(args.lm_path)
     if folder.is_dir() and not [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
         screen.problems.append(f"--lm_path: {folder} holds no weights (*.safetensors or *.bin)")
-
-
-def checkpoint_size(model: Flamingo) -> int:
-    """Bytes: what is trained and its two moments, the embedding matrix, and a head of its own."""
-    tensors = {id(tensor): tensor for _, tensor in trained_tensors(model)}  # a tied head is stored once
-    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return moments + sum(tensor.nbytes for tensor in tensors.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +251,8 @@ def say_memory(planned: PlannedRun, model: Flamingo, image_size: Any) -> None:
         f"{total / GB:.1f} GB{limit} per rank, {strategy.name} on {strategy.ranks}: weights {held.parameters / GB:.1f}, gradients {held.gradients / GB:.1f}, "
         f"optimizer {held.optimizer / GB:.1f}, activations and buffers {(total - held.at_rest) / GB:.1f}",
     )
-    others = {} if args.gradient_checkpointing else {"--gradient_checkpointing": (strategy, measured(True))}
+    other = "no --gradient_checkpointing" if args.gradient_checkpointing else "--gradient_checkpointing"
+    others = {other: (strategy, measured(not args.gradient_checkpointing))}
     if strategy.shard == 1 and strategy.ranks > 1:
         others["--fsdp"] = replace(strategy, name="FSDP full", shard=strategy.ranks, frozen=True), passes
     others["half the batch (and twice --gradient_accumulation_steps)"] = (

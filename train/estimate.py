@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -20,7 +20,8 @@ from open_flamingo.loss import LabeledPositions
 from open_flamingo.train.distributed import World
 from open_flamingo.train.flops import PEAK_FLOPS
 from open_flamingo.train.parallel import broadcast_from_rank0, units
-from open_flamingo.train.precision import autocast
+from open_flamingo.train.precision import autocast, autocast_dtype
+from open_flamingo.weights import ROWS, saved_parameters
 
 GPUS_OF_NODE = 8
 BUCKET = 25 * 2**20  # of DDP, in bytes: its default
@@ -79,8 +80,9 @@ class Piece(NamedTuple):
 
     rows: int
     numel: int
-    itemsize: int
+    itemsize: int  # of an element, in bytes
     trained: bool
+    gathered_itemsize: int  # of an element as FSDP gathers it
 
     def shard(self, ranks: int) -> int:
         """Elements of the largest shard. All are padded to it: a parameter of fewer rows than ranks takes a row of each."""
@@ -92,22 +94,30 @@ class Unit(NamedTuple):
 
     gathers: how often, for a forward and its backward: twice; once in the vision encoder, which has no backward, and of
         the root, which is kept in between.
+    is_block: whether it is, or is of, one of the blocks of the language model, where memory is at its peak.
     """
 
     pieces: tuple[Piece, ...]
     gathers: int
+    is_block: bool
 
 
-def unit_pieces(model: Flamingo) -> tuple[Unit, ...]:
+def unit_pieces(model: Flamingo, precision: str) -> tuple[Unit, ...]:
     """The units of `parallel.units` and the parameters that each gathers: those that no unit before it has."""
     found: list[Unit] = []
     seen: set[int] = set()
     vision = {id(module) for module in model.vision_encoder.modules()}
-    for module in units(model):
+    blocks = {id(parameter) for parameter in model.decoder_layers.parameters()}
+    dtype = autocast_dtype(precision)
+    for module in units(model, dtype):
         own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
         seen.update(map(id, own))
-        pieces = tuple(Piece(p.shape[0], p.numel(), p.element_size(), p.requires_grad) for p in own)
-        found.append(Unit(pieces, gathers=1 if module is model or id(module) in vision else 2))
+        low = dtype.itemsize if dtype is not None and isinstance(module, nn.ModuleList) else None
+        pieces = tuple(
+            Piece(p.shape[0], p.numel(), p.element_size(), p.requires_grad, low or p.element_size()) for p in own
+        )
+        gathers = 1 if module is model or id(module) in vision else 2
+        found.append(Unit(pieces, gathers, is_block=module is not model and any(id(p) in blocks for p in own)))
     return tuple(found)
 
 
@@ -124,12 +134,14 @@ class Passes(NamedTuple):
 
     forward, backward: FLOPs of matrix products. With gradient checkpointing, backward holds a second forward of what is recomputed.
     peak: the most bytes alive at once beside weights and optimizer: activations, and the gradients, which are `gradients` bytes.
+        Without checkpointing, with all trained matrices in the type that autocast gives them, `casts` bytes.
     """
 
     forward: int
     backward: int
     peak: int
     gradients: int
+    casts: int
 
 
 def measure_passes(
@@ -141,6 +153,8 @@ def measure_passes(
     tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
     before = [dict(table) for table in tables]
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    dtype = None if model.gradient_checkpointing else autocast_dtype(precision)
+    matrices = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         broadcast_from_rank0(model, model, World(rank=1, device=device), set())
         meter.reset()
@@ -158,7 +172,7 @@ def measure_passes(
             del loss, vision_x, lang_x, counted, labels
     for table, entries in zip(tables, before):
         table.update(entries)
-    return Passes(forward, meter.flops - forward, meter.peak, gradients)
+    return Passes(forward, meter.flops - forward, meter.peak, gradients, matrices * dtype.itemsize if dtype else 0)
 
 
 def _attention_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
@@ -253,6 +267,15 @@ def held(units: Iterable[Unit], strategy: Strategy) -> Held:
     return Held(parameters, gradients, optimizer)
 
 
+def checkpoint_size(model: Flamingo) -> int:
+    """Bytes of a checkpoint: what is trained and its two moments, the embedding matrix, and a head of its own."""
+    saved = {
+        id(p): p for name, p in saved_parameters(model) if not name.endswith(ROWS)
+    }  # rows are written into their matrix
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return moments + sum(p.numel() * p.element_size() for p in saved.values())
+
+
 def pieces(units: Iterable[Unit]) -> Iterator[Piece]:
     for unit in units:
         yield from unit.pieces
@@ -266,17 +289,21 @@ def peak_memory(units: Iterable[Unit], strategy: Strategy, passes: Passes) -> in
     """The most bytes on one rank in an update.
 
     What is held at rest, and the activations. Under FSDP also the whole gradients of trained parameters (they are scattered at the
-    last backward only: the price of one synchronization an update), the root, and three times the largest other unit (in use, being
-    gathered, and the buffer of that gather).
+    last backward only: the price of one synchronization an update), the root, and three times the largest block of the language
+    model (in use, being gathered, and the buffer of that gather). What FSDP gathers in a lower precision, autocast need not convert.
     """
-    units = list(units)
-    needed = held(units, strategy).at_rest + passes.peak - passes.gradients
+    *inner, root = units
+    needed = held((*inner, root), strategy).at_rest + passes.peak - passes.gradients
     if strategy.shard == 1:
         return needed
-    gathered = [
-        sum(piece.numel * piece.itemsize for piece in unit.pieces if is_sharded(piece, strategy)) for unit in units
-    ]
-    return needed + passes.gradients + gathered[-1] + 3 * max(gathered[:-1])
+
+    def gathered(unit: Unit) -> int:
+        return sum(p.numel * p.gathered_itemsize for p in unit.pieces if is_sharded(p, strategy))
+
+    casts = passes.casts if any(p.gathered_itemsize < p.itemsize for p in pieces(inner)) else 0
+    return (
+        needed + passes.gradients - casts + gathered(root) + 3 * max(gathered(unit) for unit in inner if unit.is_block)
+    )
 
 
 class Collective(NamedTuple):
@@ -315,7 +342,7 @@ def collectives(units: Iterable[Unit], strategy: Strategy, passes: int) -> Itera
     for unit in units:
         sharded = [piece for piece in unit.pieces if is_sharded(piece, strategy)]
         if sharded:
-            bytes_of_shard = sum(piece.shard(shard) * piece.itemsize for piece in sharded)
+            bytes_of_shard = sum(piece.shard(shard) * piece.gathered_itemsize for piece in sharded)
             yield from [ring(bytes_of_shard, shard)] * (unit.gathers * passes)
         if trained := [piece for piece in sharded if piece.trained]:
             bytes_of_shard = sum(piece.shard(shard) * piece.itemsize for piece in trained)

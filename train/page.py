@@ -275,14 +275,23 @@ td { overflow-wrap: anywhere } .differs { background: #fff3cd } img { width: 110
 """
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page, whole."""
+def document(title: str, body: str, style: str = "") -> str:
+    """A page with all that its charts need. `body` is HTML, `title` is not."""
     from plotly.offline import get_plotlyjs
 
+    title = html.escape(title)
+    return (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{title}</title><style>{STYLE}{style}</style><script>{get_plotlyjs()}</script></head><body><h1>{title}</h1>"
+        f"{body}</body></html>"
+    )
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page, whole."""
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = str(run.folder)
-    title = html.escape(", ".join(run.name for run in runs))
     facts = []
     for run in runs:
         last = run.lines[-1] if run.lines else {}
@@ -290,12 +299,8 @@ def page(runs: Sequence[Run]) -> str:
         facts.append(
             f"{html.escape(run.name)}: {last.get('step', 0):,} updates, epoch {last.get('epoch', 0):.2f}, restarts: {restarts}"
         )
-    return (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{title}</h1>"
-        f"<p>{'<br>'.join(facts)}</p><div class=grid>{''.join(_charts(runs))}</div>"
-        f"{''.join(map(_captions, runs))}{_flags(runs)}</body></html>"
-    )
+    body = f"<p>{'<br>'.join(facts)}</p><div class=grid>{''.join(_charts(runs))}</div>"
+    return document(", ".join(run.name for run in runs), f"{body}{''.join(map(_captions, runs))}{_flags(runs)}")
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied, input_embedding
 from open_flamingo.train.distributed import World
-from open_flamingo.train.precision import autocast
+from open_flamingo.train.precision import autocast, autocast_dtype
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Sharding:
 
     shard_size: int  # ranks that share one copy; fewer than all: `hybrid`, replicated between such groups
     shard_frozen: bool = True  # frozen parameters too; else they are whole on every rank
+    gather_dtype: torch.dtype | None = None  # in which trained matrices are gathered, if not their own: see `units`
 
 
 def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | None:
@@ -52,7 +53,8 @@ def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | No
         raise ValueError(
             f"--fsdp_shard_size: {size} ranks cannot share the model evenly among {ranks}: use one of {fitting}"
         )
-    return Sharding(size, shard_frozen=args.fsdp_frozen == "shard")
+    # Compiled blocks are units as a whole: within one, what FSDP does around each matrix would break its graph.
+    return Sharding(size, args.fsdp_frozen == "shard", None if args.compile else autocast_dtype(args.precision))
 
 
 def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
@@ -76,7 +78,7 @@ def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None)
     mesh = init_device_mesh(world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
     # FSDP warns where a unit returns a view, since writing into it would lose its gradient. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    *inner, root = units(model)
+    *inner, root = units(model, sharding.gather_dtype)
     # Zamba 2 has one block in several layers: its parameters are the root's. By name, as they are about to be replaced.
     uses = Counter(parameter for unit in inner for parameter in unit.parameters())
     shared = [[name for name, parameter in unit.named_parameters() if uses[parameter] > 1] for unit in inner]
@@ -85,17 +87,31 @@ def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None)
         ignored = {p for p in unit.parameters() if not (sharding.shard_frozen or p.requires_grad)}
         ignored |= {unit.get_parameter(name) for name in names}
         if any(parameter not in ignored for parameter in unit.parameters()):
-            fully_shard(unit, mesh=mesh, ignored_params=ignored)
+            is_list = isinstance(unit, nn.ModuleList)
+            low = MixedPrecisionPolicy(sharding.gather_dtype, torch.float32, cast_forward_inputs=False)
+            options = {"mp_policy": low} if is_list else {}
+            fully_shard(list(unit) if is_list else unit, mesh=mesh, ignored_params=ignored, **options)
     return model
 
 
-def units(model: Flamingo) -> Iterator[nn.Module]:
+def units(model: Flamingo, gather_dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
     """The parts that FSDP gathers one at a time, inner ones first; the last is the model itself, for what is left: a tied embedding too,
-    as the head that shares it is needed at the end of forward."""
+    as the head that shares it is needed at the end of forward.
+
+    With a `gather_dtype`, of the trained parts only their matrices, which autocast computes in it anyway: a list. Their norms and gates,
+    which stay as they are, are small, and left to the last.
+    """
+
+    def part(module: nn.Module) -> nn.Module:
+        matrices = (child for child in module.modules() if isinstance(child, nn.Linear))
+        return module if gather_dtype is None else nn.ModuleList(matrices)
+
     yield from _repeated_blocks(model.vision_encoder)
-    yield model.perceiver
+    yield part(model.perceiver)
     for layer in model.decoder_layers:
-        yield from layer.children()
+        if layer.gated_cross_attn_layer is not None:
+            yield part(layer.gated_cross_attn_layer)  # type: ignore[arg-type]
+        yield layer.decoder_layer  # type: ignore[misc]
     if not heads_are_tied(model.lang_encoder):
         yield input_embedding(model.lang_encoder)
     yield model

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from open_flamingo import Flamingo
 from open_flamingo.language_model import output_head
+from open_flamingo.vision import fuse_quick_gelu
 from open_flamingo.weights import cast_weights
 
 # What autocast computes products in. (bf16 has no autocast: there, everything is in it to begin with.)
@@ -45,9 +46,14 @@ def choose_kernels(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What autocast computes products in; None where there is no autocast."""
+    return _AUTOCAST.get(precision)
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass in `precision`."""
-    dtype = _AUTOCAST.get(precision)
+    dtype = autocast_dtype(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
@@ -58,6 +64,8 @@ def cast_frozen_weights(model: Flamingo, precision: str) -> None:
     the output head, since checkpoints hold it. OpenCLIP's own ViT is cast as a whole: between its layers it keeps what it computes in
     the lower precision anyway, and then it needs no autocast (see `Flamingo._encode`), whose conversions take a third of its time.
     """
+    if precision != "fp32":
+        fuse_quick_gelu(model.vision_encoder)  # before its matrices are rounded
     if precision == "bf16":
         cast_weights(model, torch.bfloat16)
     elif precision in _AUTOCAST:

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from open_flamingo.train.atomic import atomic_write
 from open_flamingo.train.checkpoint.resume import TrainState
 from open_flamingo.train.data.options import DataOptions
+from open_flamingo.train.estimate import checkpoint_size
 from open_flamingo.train.metrics import Concerns
 from open_flamingo.train.page import CAPTIONS, IMAGES, METRICS, PAGE, STARTS, image_path, write_page
 from open_flamingo.train.step import part_sizes
@@ -59,6 +61,13 @@ def describe(state: TrainState, options: dict[str, DataOptions], step: int) -> N
     for title, parts in part_sizes(state.model):
         each = ", ".join(f"{part} {count:,}" for part, count in parts.items())
         log.info("%s parameters: %s (%s)", title, f"{sum(parts.values()):,}", each)
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in state.model.parameters()]
+    trained = sum(p.nbytes for p in local if p.requires_grad) / 1e9
+    log.info(
+        "memory of rank 0 between updates: weights %.2f GB, gradients %.2f GB, optimizer %.2f GB (--dry_run estimates what an update adds)",
+        *(sum(p.nbytes for p in local) / 1e9, trained, 2 * trained),
+    )
+    log.info("a checkpoint is %.2f GB", checkpoint_size(state.model) / 1e9)
     for kind, option in options.items():
         log.info(
             "%s: %d shards, %d samples per rank and batch, %d per update, %d loader processes per rank",
@@ -91,6 +100,7 @@ class Reporter:
             time = datetime.now().astimezone().isoformat(" ", "seconds")
             file.write(json.dumps({"step": step, "time": time, "flags": vars(args)}) + "\n")
         self._lines_logged = 0
+        self._peak_memory = 0.0  # GB
         self._has_page = (folder / PAGE).exists()
         if args.report_to_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -125,6 +135,7 @@ class Reporter:
         if not self._places:
             return
         self._lines_logged += 1
+        self._peak_memory = max(self._peak_memory, values.get("memory_gb", 0.0))
         line = {"step": step, **values}
         self._call("metrics.jsonl", "write", json.dumps(line).encode() + b"\n")
         progress, left_out = _describe(values)
@@ -195,6 +206,8 @@ class Reporter:
 
     def close(self, exit_code: int = 0) -> None:
         """Writes what is still to be written, and waits for it. `exit_code`: of the run, for W&B."""
+        if self._places and self._lines_logged:
+            log.info("peak memory of the fullest rank: %.2f GB", self._peak_memory)
         for place in ("the progress bar", "metrics.jsonl", "captions.jsonl", "TensorBoard"):
             self._call(place, "close")
         # A run of a few log lines has nothing to show.

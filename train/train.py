@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:  # the imports take seconds: wrong flags have been refused before
         if args.dry_run:
             from open_flamingo.train.dry_run import dry_run as run
+        elif args.preview:
+            from open_flamingo.train.preview import preview as run
         else:
             from open_flamingo.train.loop import run
     except ImportError as error:

@@ -17,7 +17,7 @@ from open_flamingo import Flamingo
 from open_flamingo.language_model import heads_are_tied
 from open_flamingo.train.checkpoint import files
 from open_flamingo.train.checkpoint.resume import TrainState, resume_state
-from open_flamingo.train.checkpoint.sharded import start_sharded
+from open_flamingo.train.checkpoint.sharded import host_copies, start_sharded
 from open_flamingo.train.distributed import raise_on_all_ranks
 from open_flamingo.train.errors import UserError, user_error
 from open_flamingo.train.health import check_finite
@@ -49,7 +49,7 @@ class Checkpoints:
         self._is_sharded = state.args.checkpoint_format == "sharded"
         self._start: Callable[..., Callable[[], None]]
         if self._is_sharded:  # with a process group of its own: the training goes on using the other
-            self._start = partial(start_sharded, dist.new_group(backend="gloo"))
+            self._start = partial(start_sharded, dist.new_group(backend="gloo"), host_copies(state.world.device))
         else:
             trained = sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
             nbytes = 3 * trained if state.world.is_main else 0  # weights and two moments

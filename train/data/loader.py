@@ -28,7 +28,7 @@ from open_flamingo.train.data.options import DataOptions
 from open_flamingo.train.data.samples import DataError, Sample
 from open_flamingo.train.data.shards import expand_shards
 from open_flamingo.train.data.text import TextEncoder
-from open_flamingo.train.data.workers import KILL_WAIT, PREFETCH, LaneDataset, LoaderState, Part, Worker
+from open_flamingo.train.data.workers import KILL_WAIT, PREFETCH, LaneDataset, LoaderState, Part, Preparer, Worker
 from open_flamingo.train.flops import Work
 
 
@@ -199,9 +199,13 @@ def build_preparer(
 
 
 def build_loader(
-    options: DataOptions, tokenizer: Any, image_processor: Callable[..., Tensor], state: LoaderState | None = None
+    options: DataOptions,
+    tokenizer: Any,
+    image_processor: Callable[..., Tensor],
+    state: LoaderState | None = None,
+    prepare: Preparer | None = None,
 ) -> Loader:
-    """The batches of one dataset, from `state` on; None, or an empty one, for a new run.
+    """The batches of one dataset, from `state` on; None, or an empty one, for a new run. `prepare` takes the place of `build_preparer`'s.
 
     `tokenizer` and `image_processor` are as `create_model_and_transforms` gives them; a standard CLIP pipeline is only read, and
     `images.normalization` says what is left to do on the device.
@@ -220,6 +224,6 @@ def build_loader(
     urls = tuple(expand_shards(options.shards)) if isinstance(options.shards, str) else options.shards
     if not urls:
         raise ValueError(f"no {options.kind} shards: {options.shards!r}")
-    prepare = build_preparer(options, tokenizer, image_processor)
+    prepare = prepare or build_preparer(options, tokenizer, image_processor)
     order = ShardOrder(urls, options.lanes, options.seed, options.kind, options.resampled)
     return Loader(LaneDataset(options, order, prepare, state))

@@ -5,10 +5,11 @@ Everything that can reject a document or an image is decided before any pixel is
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pybase64
@@ -23,6 +24,25 @@ MAX_TOKENS = 256
 MIN_KILOBYTES = 10  # images of fewer than 11,000 bytes are icons and buttons
 SINGLE_IMAGE_DROPPED = 0.5  # of the documents of one image
 MARKER = re.compile(r"_!_IMAGE\d+_!_")
+
+
+class Matches(NamedTuple):
+    """Images and sentences, one to one: three arrays of the same length."""
+
+    images: np.ndarray  # numbers in the document's `image_info`
+    sentences: np.ndarray  # numbers in its `text_list`
+    similarities: np.ndarray
+
+
+def match_images(similarity: Any, usable: list[int]) -> Matches:
+    """Matches the images that are `usable` to sentences so that the sum of similarities is the greatest. Raises SampleError."""
+    try:
+        scores = np.array(similarity, dtype=float)[usable]
+        # Negated rather than `maximize=True`: so that ties fall as in the reference.
+        rows, places = linear_sum_assignment(-scores)
+    except (IndexError, ValueError, TypeError) as error:  # a row too few, ragged, NaN
+        raise SampleError("bad_similarity", str(error)) from error
+    return Matches(np.array(usable)[rows], places, scores[rows, places])
 
 
 @dataclass
@@ -43,6 +63,7 @@ class Mmc4Preparer:
     textsim_threshold: float = 30
     min_num_images: int = 1
     max_num_images: int = 6
+    match: Callable[[Any, list[int]], Matches] = match_images
 
     def __post_init__(self) -> None:
         self.encode = TextEncoder(self.tokenizer, MAX_TOKENS)
@@ -97,14 +118,9 @@ class Mmc4Preparer:
                 usable[i] = image
         if not usable:
             raise Drop("no_image")
-        try:
-            scores = np.array(similarity, dtype=float)[list(usable)]
-            # Negated rather than `maximize=True`: so that ties fall as in the reference.
-            rows, places = linear_sum_assignment(-scores)
-        except (IndexError, ValueError, TypeError) as error:  # a row too few, ragged, NaN
-            raise SampleError("bad_similarity", str(error)) from error
-        is_similar = scores[rows, places] >= self.textsim_threshold
-        images = dict(zip(places[is_similar].tolist(), np.array(list(usable))[rows[is_similar]]))  # by sentence
+        matches = self.match(similarity, list(usable))
+        is_similar = matches.similarities >= self.textsim_threshold
+        images = dict(zip(matches.sentences[is_similar].tolist(), matches.images[is_similar]))  # by sentence
         if not images:
             raise Drop("no_match")
         chosen = sorted(images)[: self.max_num_images]

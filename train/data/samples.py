@@ -57,20 +57,20 @@ class Counts:
 
     dropped: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
-    _examples: dict[str, str] = field(default_factory=dict)  # the first error of each reason
+    examples: dict[str, str] = field(default_factory=dict)  # the first error of each reason
 
     def error(self, reason: str, where: str, message: str) -> None:
         """Counts an error. The first of each reason is also logged, so that there is one to look at."""
         self.errors[reason] += 1
-        if reason not in self._examples:
-            self._examples[reason] = f"{where}: {message}"
+        if reason not in self.examples:
+            self.examples[reason] = f"{where}: {message}"
             logger.warning("left out %s: %s (others of this kind are only counted)", where, message)
 
     def summary(self) -> str:
         """The counts, and an example of the most frequent error."""
         text = f"Left out so far: {dict(self.dropped)}, broken: {dict(self.errors)}"
         if self.errors:
-            text += f", for example {self._examples[self.errors.most_common(1)[0][0]]}"
+            text += f", for example {self.examples[self.errors.most_common(1)[0][0]]}"
         return text
 
     def take(self) -> "Counts":

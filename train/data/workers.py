@@ -12,20 +12,29 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
-from open_flamingo.train.data.laion import LaionPreparer
-from open_flamingo.train.data.lanes import Counts, Cursor, Lane, ShardOrder
-from open_flamingo.train.data.mmc4 import Mmc4Preparer
+from open_flamingo.train.data.lanes import Counts, Cursor, Lane, Randomness, ShardOrder
 from open_flamingo.train.data.options import DataOptions
-from open_flamingo.train.data.samples import DataError, Sample
+from open_flamingo.train.data.samples import DataError, RawSample, Sample
+from open_flamingo.train.data.text import TextEncoder
 
 SHUFFLE_BUFFER = {"laion": 500, "mmc4": 32}  # undecoded samples of each lane: about 10 MB (a document has some 300 KB)
 PREFETCH = 2  # batches that the workers are ahead
 KILL_WAIT = 5.0  # seconds; one that waits for a dead file server cannot even be killed
 PIPE_SIZE = 1 << 20  # bytes: the most that Linux grants everybody. Its default is 64 KiB, half an image.
+
+
+class Preparer(Protocol):
+    """What makes a kind of samples: `laion.LaionPreparer`, `mmc4.Mmc4Preparer`."""
+
+    encode: TextEncoder
+
+    def __call__(self, raw: RawSample, randomness: Randomness, counts: Counts) -> Sample:
+        """Raises Drop or SampleError for what is left out."""
+        ...
 
 
 @dataclass
@@ -58,7 +67,7 @@ class LaneDataset:
 
     options: DataOptions
     order: ShardOrder
-    prepare: LaionPreparer | Mmc4Preparer
+    prepare: Preparer
     state: LoaderState
 
     def next_sample(self, worker: int, samples: int) -> int:
