@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -222,29 +223,43 @@ class Ours:
         return _timed(run)
 
 
-def compare(shape: str, shots: list[int], rounds: int) -> dict[str, list[list[float]]]:
+def compare(shape: str, shots: list[int], rounds: int, only_ours: bool = False) -> dict[str, list[list[float]]]:
     """Program → (samples a second, samples a second of CPU) of each round; the two take turns."""
     from benchmarks.backbones import write_backbones
     from benchmarks.child import FOLDER, Child
     from benchmarks.reference import install
     from benchmarks.shapes import SHAPES
 
-    install()
     folder = FOLDER / f"scoring-{shape}"
     folder.mkdir(parents=True, exist_ok=True)
     write_backbones(folder, SHAPES[shape])
     write_data(folder)
-    programs = {
-        "open-flamingo 2.0.1": Child("scoring", str(folder), "--reference"),
-        "here": Child("scoring", str(folder)),
-    }
+    programs = {}
+    if not only_ours:
+        install()
+        programs["open-flamingo 2.0.1"] = Child("scoring", str(folder), "--reference")
+    programs["here"] = Child("scoring", str(folder))
     rates: dict[str, list[list[float]]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, child in programs.items():
             times = child.ask("evaluate", shots=shots if number else shots[:1])  # the first warms up
             if number:
                 rates[name].append([QUESTIONS * len(shots) / seconds for seconds in times])
+    for child in programs.values():
+        child.close()
     return rates
+
+
+def describe(shape: str, shots: list[int], rates: dict[str, list[list[float]]]) -> str:
+    """A table; the second column does not depend on what else the machine does."""
+    rows = ["| | samples/s | samples per second of CPU |", "|---|---|---|"]
+    medians = {name: [statistics.median(column) for column in zip(*of, strict=True)] for name, of in rates.items()}
+    rows += [f"| {name} | {wall:.2f} | {cpu:.2f} |" for name, (wall, cpu) in medians.items()]
+    if len(medians) == 2:
+        theirs, ours = medians.values()
+        rows.append(f"| times as fast | {ours[0] / theirs[0]:.1f} | {ours[1] / theirs[1]:.1f} |")
+    text = f"VQA of {QUESTIONS} questions at {', '.join(map(str, shots))} shots, {BEAMS} beams, {NEW_TOKENS} tokens, batches of {BATCH}, shape `{shape}`"
+    return "\n".join([f"{text}; medians of {len(next(iter(rates.values())))} turns.", "", *rows])
 
 
 def main() -> None:
