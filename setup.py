@@ -42,6 +42,7 @@ setup(
         "open_flamingo.scripts",
         "open_flamingo.scripts.convert",
         "open_flamingo.scripts.demo",
+        "open_flamingo.scripts.evaluate",
     ],
     package_dir={
         "open_flamingo": "open_flamingo",
@@ -51,12 +52,14 @@ setup(
         "open_flamingo.scripts": "scripts",
         "open_flamingo.scripts.convert": "scripts/convert",
         "open_flamingo.scripts.demo": "scripts/demo",
+        "open_flamingo.scripts.evaluate": "scripts/evaluate",
     },
     install_requires=requirements("requirements.txt"),
     extras_require={
         "training": TRAINING,
         "convert": [*TRAINING, "pyarrow"],  # for Parquet
-        "test": [*TRAINING, *TEST, "pyarrow"],
+        "evaluate": [*TRAINING, "pycocoevalcap"],  # the official scorers of captions
+        "test": [*TRAINING, *TEST, "pyarrow", "pycocoevalcap"],
         "benchmark": [*TRAINING, "matplotlib"],
     },
     entry_points={
@@ -65,6 +68,8 @@ setup(
             "open-flamingo-report=open_flamingo.train.page:main",
             "open-flamingo-caption=open_flamingo.scripts.caption:main",
             "open-flamingo-convert=open_flamingo.scripts.convert.__main__:main",
+            "open-flamingo-evaluate=open_flamingo.scripts.evaluate.__main__:main",
+            "open-flamingo-annotations=open_flamingo.scripts.evaluate.annotations:main",
             "open-flamingo-convert-mmc4=open_flamingo.scripts.convert_mmc4_to_wds:main",
         ]
     },

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_flamingo
-from benchmarks import curve, gpu, learn, loading, report, saving, start, steps, trace
+from benchmarks import curve, gpu, learn, loading, report, saving, scoring, start, steps, trace
 from benchmarks.child import FOLDER, ROOT
 from benchmarks.shapes import SHAPES
 
@@ -51,6 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     save.add_argument("--precision", choices=["fp32", "amp_bf16"], default="fp32")
     save.add_argument("--rounds", type=int, default=5, help="turns of each program")
     save.set_defaults(run=run_checkpoint)
+
+    scores = commands.add_parser("evaluate", parents=[common], help="few-shot evaluation: samples a second")
+    scores.add_argument("--shape", choices=SHAPES, default="small")
+    scores.add_argument("--shots", type=int, nargs="+", default=[0, 4, 8])
+    scores.add_argument("--rounds", type=int, default=2, help="turns of each program")
+    scores.set_defaults(run=run_evaluate)
 
     curves = commands.add_parser("curve", parents=[common], help="both trained on the same batches: two loss curves")
     curves.add_argument("--updates", type=int, default=300)
@@ -123,6 +129,11 @@ def run_checkpoint(args: argparse.Namespace) -> None:
     shape = SHAPES[args.shape]
     results = saving.measure(shape, args.precision, args.rounds, args.only == "ours")
     finish(args, f"checkpoint {args.shape}", saving.describe(shape, results))
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    rates = scoring.compare(args.shape, args.shots, args.rounds, args.only == "ours")
+    finish(args, f"evaluate {args.shape}", scoring.describe(args.shape, args.shots, rates))
 
 
 def run_curve(args: argparse.Namespace) -> None:

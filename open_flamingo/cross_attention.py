@@ -47,10 +47,29 @@ class MaskedCrossAttention(nn.Module):
         self.to_kv = nn.Linear(dim_visual, 2 * ATTENTION_WIDTH, bias=False)
         self.to_out = nn.Linear(ATTENTION_WIDTH, dim, bias=False)
 
-    def forward(self, hidden_states: Tensor, media: Tensor, mask: MediaMask) -> Tensor:
-        """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D]; exactly 0 for a token that sees no image."""
+    def forward(
+        self, hidden_states: Tensor, media: Tensor, mask: MediaMask, kept: dict[nn.Module, Tensor] | None = None
+    ) -> Tensor:
+        """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D]; exactly 0 for a token that sees no image.
+
+        `hidden_states` and `mask` may have a multiple of the rows of `media`, which stand for its rows repeated in place (beams). Keys
+        and values are those in `kept`, where they are put by the first of several calls with the same media.
+        """
         query = self.to_q(self.norm(hidden_states))
-        return self.to_out(attend(query, self.to_kv(media), mask.bias)) * mask.visible
+        if kept is None:
+            keys_values = self.to_kv(media)
+        else:
+            if self not in kept:
+                kept[self] = self.to_kv(media)
+            keys_values = kept[self]
+        rows, beams = len(media), len(query) // len(media)
+        if beams == 1:
+            return self.to_out(attend(query, keys_values, mask.bias)) * mask.visible
+        # All beams' tokens as if they were one text: keys and values need no copy for each.
+        folded = query.unflatten(0, (rows, beams)).flatten(1, 2)
+        bias = mask.bias.squeeze(1).unflatten(0, (rows, beams)).flatten(1, 2).unsqueeze(1)
+        attended = attend(folded, keys_values, bias).unflatten(1, (beams, -1)).flatten(0, 1)
+        return self.to_out(attended) * mask.visible
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -63,9 +82,12 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, hidden_states: Tensor, media: Tensor, mask: MediaMask) -> Tensor:
-        """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D], in the type of `hidden_states`."""
-        hidden_states = gated_sum(hidden_states, self.attn(hidden_states, media, mask), self.attn_gate)
+    def forward(
+        self, hidden_states: Tensor, media: Tensor, mask: MediaMask, kept: dict[nn.Module, Tensor] | None = None
+    ) -> Tensor:
+        """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D], in the type of `hidden_states`. For rows and `kept`, see
+        `MaskedCrossAttention`."""
+        hidden_states = gated_sum(hidden_states, self.attn(hidden_states, media, mask, kept), self.attn_gate)
         return gated_sum(hidden_states, self.ff(hidden_states), self.ff_gate)
 
 

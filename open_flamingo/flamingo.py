@@ -97,6 +97,7 @@ class Flamingo(nn.Module, ModelHubMixin):
         self._has_fused_mpt = mpt.fuse_attention(self.lang_encoder)
         parameters = inspect.signature(self.lang_encoder.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
         names = ("cache", "past_key_values", "cache_params")  # transformers from 5.24 on, before, and some hybrids
         self._cache_name = next((name for name in names if name in parameters), "past_key_values")
         self._cached_media: tuple[Tensor, Tensor] | None = None
@@ -138,6 +139,7 @@ class Flamingo(nn.Module, ModelHubMixin):
         *,
         image_counts: Sequence[int] | None = None,
         per_token: bool = False,
+        logits_to_keep: int | None = None,
     ) -> CausalLMOutputWithPast:
         """The `loss` of `labels` (float32 scalar, mean over those that count, 0 if none does), or all `logits` [B, T, vocabulary].
 
@@ -157,6 +159,8 @@ class Flamingo(nn.Module, ModelHubMixin):
             use_cache: return `past_key_values` (without labels).
             image_counts: how many `<image>` tokens each row of `lang_x` has. Saves waiting for the GPU to count them.
             per_token: without gradients, `loss` is that of each label that counts, float32[P], in the order of `labeled_positions`.
+            logits_to_keep: without labels, make only the logits of the last so many positions, where the language model can; the last
+                position of `logits` is the text's last either way.
         """
         # What waits for the GPU comes first, while little is queued there.
         labeled = labeled_positions(labels, lang_x.device) if isinstance(labels, Tensor) else labels
@@ -166,6 +170,8 @@ class Flamingo(nn.Module, ModelHubMixin):
             # By default some models count left padding as positions.
             positions = attention_mask.long().cumsum(-1).sub_(1).clamp_(min=0)
             inputs["position_ids"] = positions[:, -lang_x.shape[1] :]
+        if logits_to_keep is not None and labeled is None and self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = logits_to_keep
         if past_key_values is not None:
             inputs[self._cache_name] = past_key_values
         elif self._has_fused_mpt and attention_mask is None and not use_cache:
@@ -186,7 +192,13 @@ class Flamingo(nn.Module, ModelHubMixin):
 
     @torch.no_grad()
     def generate(
-        self, vision_x: Tensor | None, lang_x: Tensor, attention_mask: Tensor | None = None, **generate_kwargs: Any
+        self,
+        vision_x: Tensor | None,
+        lang_x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        beams_share_prompt: bool = False,
+        **generate_kwargs: Any,
     ) -> Tensor:
         """Continue prompts, with Hugging Face's `generate`: long[B, T] → long[B · num_return_sequences, T + new tokens].
 
@@ -194,6 +206,8 @@ class Flamingo(nn.Module, ModelHubMixin):
             vision_x: as for `forward`.
             lang_x: prompts, padded on the left.
             attention_mask: [B, T], 0 where a token is padding. None: every token but the padding token counts.
+            beams_share_prompt: compute a prompt once and repeat its key-value cache for `num_beams`, instead of computing it for each.
+                Not every language model can; those of attention alone do.
             generate_kwargs: `max_new_tokens`, `num_beams`, … By default a text ends with `<|endofchunk|>`.
         """
         generate_kwargs.setdefault("eos_token_id", self.eoc_token_id)
@@ -202,9 +216,28 @@ class Flamingo(nn.Module, ModelHubMixin):
         pad = generate_kwargs.setdefault("pad_token_id", pad)
         if attention_mask is None:
             attention_mask = torch.ones_like(lang_x) if pad == self.eoc_token_id else (lang_x != pad).long()
-        with conditioned(self._condition(vision_x, lang_x, None)):
+        conditioning = self._condition(vision_x, lang_x, None)
+        beams = generate_kwargs.get("num_beams", 1)
+        if beams_share_prompt and beams > 1 and lang_x.shape[1] > 1:
+            generate_kwargs[self._cache_name] = self._prompt_cache(conditioning, lang_x, attention_mask, beams)
+            generate_kwargs["use_cache"] = True  # which is off in MPT's config
+        with conditioned(conditioning):
             generate: Any = self.lang_encoder.generate
             return generate(input_ids=lang_x, attention_mask=attention_mask, **generate_kwargs)
+
+    def _prompt_cache(self, conditioning: Conditioning, lang_x: Tensor, attention_mask: Tensor, beams: int) -> Any:
+        """The key-value cache of prompts [B, T] but for their last token, of which `generate` goes on, for B · `beams` rows."""
+        prompt = Conditioning(conditioning.latents, conditioning.text_time[:, :-1])
+        prompt.kept = conditioning.kept
+        inputs: dict[str, Any] = {"input_ids": lang_x[:, :-1], "attention_mask": attention_mask[:, :-1]}
+        if self._takes_position_ids:
+            inputs["position_ids"] = inputs["attention_mask"].long().cumsum(-1).sub_(1).clamp_(min=0)
+        if self._takes_logits_to_keep:
+            inputs["logits_to_keep"] = 1
+        with conditioned(prompt):
+            cache = self.lang_encoder(**inputs, use_cache=True).past_key_values
+        cache.reorder_cache(torch.arange(len(lang_x), device=lang_x.device).repeat_interleave(beams))
+        return cache
 
     def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
         """Keep the latents of the images [B, I, 1, 3, height, width] of a context, long[B, T], for calls with `vision_x=None`.
@@ -213,8 +246,19 @@ class Flamingo(nn.Module, ModelHubMixin):
         the cached images, from the first.
         """
         counts = (input_ids == self.media_token_id).sum(1).tolist()
-        last = torch.tensor(counts, device=input_ids.device).unsqueeze(1)
-        self._cached_media = (self._encode_images(vision_x, counts, len(input_ids)), last)
+        self.cache_latents(self._encode_images(vision_x, counts, len(input_ids)), counts)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images [M, 3, height, width], prepared by the image processor → latents [M, L, E], for `cache_latents`.
+
+        An image that stands in many prompts is encoded once.
+        """
+        return self._encode(images.unsqueeze(1))
+
+    def cache_latents(self, latents: Tensor, counts: Sequence[int]) -> None:
+        """As `cache_media`, of images that are encoded: latents [B, N, L, E], of which row b has its first `counts[b]`."""
+        self._cached_media = (latents, torch.tensor(counts, device=latents.device).unsqueeze(1))
 
     def uncache_media(self) -> None:
         """Forget the images of `cache_media`."""

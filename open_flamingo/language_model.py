@@ -33,9 +33,12 @@ class Conditioning:
     text_time: Tensor  # long[B, T], the number (from 1) of the image that each token of the prompt sees, 0 for none
     start: int = 0  # how many tokens the cache held before the prompt's first
     # Of one call of the language model:
-    media: Tensor = field(init=False)  # [batch, N·L, E]
+    media: Tensor = field(init=False)  # [B, N·L, E]
     mask: MediaMask = field(init=False)  # of [batch, num_tokens]
     uses_cache: bool = field(init=False, default=False)  # whether the call writes to a key-value cache
+    kept: dict[nn.Module, Tensor] = field(
+        init=False, default_factory=dict
+    )  # keys and values of the media, by attention
     _most_uncached: int = field(init=False, default=0)
 
     def prepare_for_call(self, tokens: Tensor, cache: Any = None, uses_cache: bool = False) -> None:
@@ -62,7 +65,7 @@ class Conditioning:
         if rest or not repeats:
             raise ValueError(f"images of {len(media)} rows cannot serve a text batch of {batch} rows")
         if repeats > 1:
-            text_time, media = text_time.repeat_interleave(repeats, 0), media.repeat_interleave(repeats, 0)
+            text_time = text_time.repeat_interleave(repeats, 0)  # of the media, attention needs no copies
         self.media = media
         num_images, num_latents = self.latents.shape[1:3]
         self.mask = media_mask(text_time, num_images, num_latents, compute_dtype(media))
@@ -158,8 +161,10 @@ class ConditionedLayer(nn.Module):
         # A recomputed layer would write to the cache a second time, so there is no checkpointing beside a cache.
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not conditioning.uses_cache
         if self.gated_cross_attn_layer is not None:
+            # A generated token sees the images of the one before: their keys and values are computed once.
+            kept = conditioning.kept if conditioning.uses_cache and not torch.is_grad_enabled() else None
             # By argument: the recomputation in the backward pass has no context.
-            inputs = (hidden_states, conditioning.media, conditioning.mask)
+            inputs = (hidden_states, conditioning.media, conditioning.mask, kept)
             hidden_states = maybe_checkpoint(self.gated_cross_attn_layer, *inputs, recompute=recompute)
         return maybe_checkpoint(self.decoder_layer, hidden_states, *args, recompute=recompute, **kwargs)
 

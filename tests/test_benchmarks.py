@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import child as child_module
-from benchmarks import gpu, learn, loading, real, reference, report, saving, shards, steps, trace
+from benchmarks import gpu, learn, loading, real, reference, report, saving, scoring, shards, steps, trace
 from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights, write_backbones
 from benchmarks.child import ROOT, Child
 from benchmarks.shapes import SHAPES, Shape, Text, draw_batches, gpt_neox, needed_flops, vit
@@ -123,6 +123,15 @@ def test_both_loaders_read_the_same_shards(monkeypatch: pytest.MonkeyPatch) -> N
     assert "MMC4" in loading.describe(list(results.values()))
     more_than_rows = 2 * loading.BATCH_SIZE["mmc4"]
     assert all(result.rate > 0 for result in loading.measure((more_than_rows,), 1, 0.2, only_ours=True))
+
+
+@only_at_length
+@pytest.mark.usefixtures("folder", "the_reference")
+def test_both_programs_evaluate_the_same_questions() -> None:
+    rates = scoring.compare("toy", [0, 1], rounds=1)
+    assert rates.keys() == {"open-flamingo 2.0.1", "here"}
+    assert all(rate > 0 for turns in rates.values() for turn in turns for rate in turn)
+    assert "times as fast" in scoring.describe("toy", [0, 1], rates)
 
 
 def test_the_same_name_means_the_same_weights() -> None:

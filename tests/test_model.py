@@ -48,6 +48,36 @@ def naive_latents(model: nn.Module, vision_x: Tensor) -> Tensor:
     return model.perceiver(features.unflatten(0, vision_x.shape[:3]))
 
 
+def test_beams_share_keys_and_values_of_their_images() -> None:
+    """Rows that are repeated in place give what they give with their media repeated, and keys and values are computed once."""
+    torch.manual_seed(0)
+    attention = MaskedCrossAttention(dim=16, dim_visual=12)
+    text_time = torch.tensor([[0, 1, 1, 2], [1, 1, 2, 2], [0, 0, 0, 1]]).repeat_interleave(2, 0)
+    hidden, media, mask = torch.randn(6, 4, 16), torch.randn(3, 10, 12), media_mask(text_time, 2, 5)
+    expected = attention(hidden, media.repeat_interleave(2, 0), mask)
+    torch.testing.assert_close(attention(hidden, media, mask), expected, atol=1e-6, rtol=1e-5)
+    kept: dict[nn.Module, Tensor] = {}
+    torch.testing.assert_close(attention(hidden, media, mask, kept), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(kept[attention], attention.to_kv(media))
+    torch.testing.assert_close(
+        attention(hidden, torch.full_like(media, torch.nan), mask, kept), expected, atol=1e-6, rtol=1e-5
+    )
+
+
+def test_generation_projects_the_images_once() -> None:
+    model = flamingo(language_model("llama", True), cross_attn_every_n_layers=1)
+    calls = []
+    for layer in model.decoder_layers:
+        layer.gated_cross_attn_layer.attn.to_kv.register_forward_hook(lambda *args: calls.append(args[2].shape[0]))
+    token_ids, mask, _ = text()
+    kwargs = {"max_new_tokens": 5, "num_beams": 3, "eos_token_id": VOCABULARY + 1}
+    cached = model.generate(images(3, 2), token_ids.flip(1), mask.flip(1), **kwargs)
+    assert calls == [3] * len(model.decoder_layers), "of three rows, whatever the beams and tokens"
+    calls.clear()
+    assert torch.equal(model.generate(images(3, 2), token_ids.flip(1), mask.flip(1), use_cache=False, **kwargs), cached)
+    assert calls == [3] * 5 * len(model.decoder_layers)
+
+
 def test_only_images_that_the_text_names_reach_the_vision_encoder() -> None:
     model, (token_ids, mask, labels) = flamingo(language_model("llama", True)), text()
     pictures = images(3, 4)

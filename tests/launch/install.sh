@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs what tests use that pip has not: SLURM with munge, Open MPI, and a browser. On Debian or Ubuntu, as root.
+# Installs what tests use that pip has not: SLURM with munge, Open MPI, a browser, and a Java. On Debian or Ubuntu, as root.
 set -euo pipefail
 packages=(slurm-client slurmctld slurmd munge openmpi-bin chromium)
+command -v java >/dev/null || packages+=(default-jre-headless)
 if dpkg --status "${packages[@]}" >/dev/null 2>&1; then
     exit
 fi
