@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_flamingo
-from benchmarks import curve, gpu, learn, loading, report, saving, scoring, start, steps, trace
+from benchmarks import curve, gpu, learn, loading, recipe, report, saving, scoring, start, steps, trace
 from benchmarks.child import FOLDER, ROOT
 from benchmarks.shapes import SHAPES
 
@@ -93,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     traced.add_argument("--no-write", action="store_true", help="print results only")
     traced.set_defaults(run=run_trace)
 
+    plan = commands.add_parser("dry_run", help="what --dry_run says of the published recipes: docs/dry_run.md")
+    plan.add_argument("--ranks", type=int, default=64)
+    plan.add_argument("--gpu", default="H100")
+    plan.add_argument("--document", type=Path, default=report.DOCUMENT.with_name("dry_run.md"))
+    plan.add_argument("--no-write", action="store_true", help="print results only")
+    plan.set_defaults(run=run_dry_run)
+
     merge = commands.add_parser("merge", help="put the results of another machine's document into docs/performance.md")
     merge.add_argument("other", type=Path)
     merge.set_defaults(run=lambda args: print(*report.merge(args.other), sep="\n"))
@@ -159,6 +166,11 @@ def run_trace(args: argparse.Namespace) -> None:
     found = trace.trace(shape, args.precision, trace.GPUS[args.gpu], recompute)
     title = f"trace {args.shape} {args.precision}{' checkpointing' * recompute}"
     finish(args, title, trace.describe(shape.name, args.precision, args.gpu, found))
+
+
+def run_dry_run(args: argparse.Namespace) -> None:
+    for name in ("3b", "4b", "9b"):
+        finish(args, f"{name} on {args.ranks} {args.gpu}", recipe.dry_run(SHAPES[name], args.ranks, args.gpu))
 
 
 def finish(args: argparse.Namespace, title: str, text: str) -> None:

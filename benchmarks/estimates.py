@@ -1,9 +1,10 @@
-"""The memory that `--dry_run` estimates, beside what processes then hold, on CPU ranks: the table of docs/performance.md.
+"""What `--dry_run` and docs/scaling.md estimate, beside what processes then hold and send, on CPU ranks: the table of docs/performance.md.
 
-    python benchmarks/peak.py            # all cases, a few minutes on two cores
-    torchrun --nproc-per-node=2 benchmarks/peak.py small amp_bf16 --fsdp     # one
+    python benchmarks/estimates.py            # all cases, some minutes on two cores
+    torchrun --nproc-per-node=2 benchmarks/estimates.py small fp32 --fsdp     # one
 
-Measured is the most that a rank's process has resident in three updates, less what it had before the model was built.
+Measured memory is the most that a rank's process has resident in two updates, less what it had before the model was built. Measured traffic is what
+goes through the loopback device in them: as root in a network of its own, or else with all that others send meanwhile.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if __name__ == "__main__":  # this checkout, installed or not
     open_flamingo.__path__.append(sys.path[0])
 
 import torch
+import torch.distributed as dist
 
 from benchmarks import report, steps
 from benchmarks.backbones import build
@@ -42,6 +44,8 @@ CASES = (
     (1, "mid", "fp32"),
     (2, "small", "fp32"),
     (2, "small", "fp32", "--fsdp"),
+    (4, "small", "fp32"),
+    (4, "small", "fp32", "--fsdp"),
     (2, "mid", "fp32", "--fsdp", "--gradient_checkpointing"),
 )
 # glibc gives large blocks back as soon as they are free, as the caching allocator of a GPU has them free for others. By itself it keeps
@@ -53,6 +57,12 @@ def resident(name: str) -> int:
     """Bytes; `name`: VmRSS, now, or VmHWM, the most."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
+
+
+def sent_by_all() -> int:
+    """Bytes that have gone through the loopback device."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])
 
 
 def main() -> None:
@@ -74,6 +84,8 @@ def main() -> None:
         estimated = estimate.peak_memory(
             units, strategy, estimate.measure_passes(paper, args.precision, sizes, image_size)
         )
+        calls = estimate.collectives(units, strategy, passes=2) if world.world_size > 1 else ()
+        estimated_sent = sum(call.sent for call in calls)
         ids = paper.media_token_id, paper.eoc_token_id, 0
         del paper
         gc.collect()
@@ -93,31 +105,61 @@ def main() -> None:
         train_step(trainer, 1e-4)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        wait_for_all_ranks()
+        sent = sent_by_all()
         for _ in range(2):
             train_step(trainer, 1e-4)
-        measured = resident("VmHWM") - before
+        wait_for_all_ranks()
+        sent = (sent_by_all() - sent) // 2 // world.world_size
+        memory = resident("VmHWM") - before
         if world.is_main:
-            print(json.dumps({"estimated": estimated, "measured": measured}), flush=True)
+            print(json.dumps({"memory": [estimated, memory], "sent": [estimated_sent, sent]}), flush=True)
         del parallel, trainer, model
+
+
+def wait_for_all_ranks() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def run_all() -> str:
     rows = []
+    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"] if os.geteuid() == 0 else []
     for ranks, shape, *flags in CASES:
         steps.prepare(SHAPES[shape])
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-        command += ["--rdzv-endpoint=127.0.0.1:0", __file__, shape, *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **MALLOC}
+        command = [*alone, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        command += [
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=127.0.0.1:0",
+            "--local-addr=127.0.0.1",
+            __file__,
+            shape,
+            *flags,
+        ]
+        threads = str(max(1, (os.cpu_count() or 1) // ranks))
+        # gloo takes the address of this host's name, which that network does not have
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", **MALLOC}
         answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         found = json.loads(answer.splitlines()[-1])
-        sizes = [f"{found[name] / 1e9:.2f}" for name in ("estimated", "measured")]
-        rows.append([str(ranks), shape, " ".join(flags), *sizes, f"{found['estimated'] / found['measured']:.2f}"])
-        print(rows[-1], flush=True)
-    return report.table(["ranks", "shape", "flags", "estimated, GB", "measured, GB", "ratio"], rows)
+        row = [str(ranks), shape, " ".join(flags)]
+        for estimated, measured in found.values():
+            row += [
+                f"{estimated / 1e9:.2f}",
+                f"{measured / 1e9:.2f}",
+                f"{estimated / measured:.2f}" if estimated else "",
+            ]
+        rows.append(row)
+        print(row, flush=True)
+    columns = [
+        f"{what}, GB: {how}" for what in ("memory", "sent per update") for how in ("estimated", "measured", "ratio")
+    ]
+    return report.table(["ranks", "shape", "flags", *columns], rows)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         main()
     else:
-        report.write_section("peak memory estimated", "memory that --dry_run estimates", run_all())
+        report.write_section(
+            "estimates", "what --dry_run estimates of each rank, beside what it holds and sends", run_all()
+        )
