@@ -164,7 +164,7 @@ def run_gpu(args: argparse.Namespace) -> None:
 def run_trace(args: argparse.Namespace) -> None:
     shape, recompute = SHAPES[args.shape], args.gradient_checkpointing
     found = trace.trace(shape, args.precision, trace.GPUS[args.gpu], recompute)
-    title = f"trace {args.shape} {args.precision}{' checkpointing' * recompute}"
+    title = f"trace {args.shape} {args.precision} {args.gpu}{' checkpointing' * recompute}"
     finish(args, title, trace.describe(shape.name, args.precision, args.gpu, found))
 
 

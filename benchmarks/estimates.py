@@ -80,9 +80,9 @@ def main() -> None:
     image_size = (shape.vision["image_size"],) * 2
     with distributed(detect_launcher()) as world:
         strategy = Strategy("", world.world_size, world.world_size if args.fsdp else 1, True)
-        units = estimate.unit_pieces(paper, args.precision)
+        units = estimate.unit_pieces(paper, autocast_dtype(args.precision))
         estimated = estimate.peak_memory(
-            units, strategy, estimate.measure_passes(paper, args.precision, sizes, image_size)
+            units, strategy, estimate.measure_passes(paper, args.precision, sizes, image_size, on_gpu=False)
         )
         calls = estimate.collectives(units, strategy, passes=2) if world.world_size > 1 else ()
         estimated_sent = sum(call.sent for call in calls)

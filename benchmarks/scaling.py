@@ -166,10 +166,12 @@ def count(recipe: Recipe, gradient_checkpointing: bool) -> Counted:
     parameters["language model"] -= parameters["gated blocks"] + parameters["new rows"]
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    units_fp32 = unit_pieces(model, "fp32")
+    units_fp32 = unit_pieces(model, None)
     cast_frozen_weights(model, "amp_bf16")
-    units = unit_pieces(model, "amp_bf16")
-    return Counted(parameters, trained, units, units_fp32, measure_passes(model, "amp_bf16", BATCHES.values()))
+    units = unit_pieces(model, torch.bfloat16)
+    return Counted(
+        parameters, trained, units, units_fp32, measure_passes(model, "amp_bf16", BATCHES.values(), on_gpu=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

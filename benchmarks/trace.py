@@ -29,7 +29,7 @@ from benchmarks.shapes import Shape, Text
 from open_flamingo import Flamingo
 from open_flamingo.loss import LabeledPositions
 from open_flamingo.train.distributed import World
-from open_flamingo.train.estimate import Meter
+from open_flamingo.train.estimate import Meter, as_on_gpu
 from open_flamingo.train.optimizer import build_optimizer, clipping
 from open_flamingo.train.parallel import broadcast_from_rank0
 from open_flamingo.train.precision import autocast, cast_frozen_weights
@@ -98,6 +98,8 @@ class GpuAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given_dtype = (kwargs or {}).get("dtype") is not None
+        if func is torch.addcmul and torch.is_autocast_enabled("cpu"):  # which takes the widest type of its arguments
+            args = tuple(x.float() for x in args)
         if func in FLOAT32_FUNCTIONS and not given_dtype and torch.is_autocast_enabled("cpu"):
             low = torch.get_autocast_dtype("cpu")
             args, kwargs = tree_map(
@@ -146,7 +148,8 @@ class Tracer(Meter):
             self.within[-1] = part
 
         module.register_forward_pre_hook(begin)
-        module.register_forward_hook(end)
+        # Also where a recomputation stops as soon as it has what it needs: by an exception.
+        module.register_forward_hook(end, always_call=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, flops = kwargs or {}, self.flops
@@ -196,8 +199,7 @@ def trace(shape: Shape, precision: str, gpu: Gpu, gradient_checkpointing: bool =
     with ExitStack() as stack:
         stack.enter_context(patch.object(open_flamingo.flamingo, "labeled_loss", traced_loss))
         stack.enter_context(patch.object(open_flamingo.flamingo, "patch_tokens", traced_tower))
-        stack.enter_context(patch("open_flamingo.loss.MAX_LOGITS", open_flamingo.loss.MAX_LOGITS_ON_GPU))
-        stack.enter_context(patch("open_flamingo.loss._on_cpu", open_flamingo.loss._on_gpu))
+        stack.enter_context(as_on_gpu())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         broadcast_from_rank0(model, model, World(rank=1, device=device), set())
         optimizer = build_optimizer(model, 1e-4, 0.1)

@@ -5,6 +5,7 @@ After Flamingo (Alayrac et al. 2022, sections 3.1.2 and 3.1.3). Module names are
 Dimensions: B batch, T text tokens, N images, L latents per image, D text width, E image width.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,8 @@ def media_mask(text_time: Tensor, num_images: int, num_latents: int, dtype: torc
     visible = text_time > 0
     of_latents = torch.arange(num_images * num_latents, device=text_time.device) // num_latents + 1  # each one's image
     hidden = (text_time.unsqueeze(1) != of_latents) & visible.unsqueeze(1)
-    return MediaMask(
-        torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf")), visible
-    )
+    bias = visible.new_zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    return MediaMask(bias, visible)
 
 
 class MaskedCrossAttention(nn.Module):
@@ -48,20 +48,20 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(ATTENTION_WIDTH, dim, bias=False)
 
     def forward(
-        self, hidden_states: Tensor, media: Tensor, mask: MediaMask, kept: dict[nn.Module, Tensor] | None = None
+        self, hidden_states: Tensor, media: Tensor, mask: MediaMask, media_cache: dict[nn.Module, Tensor] | None = None
     ) -> Tensor:
         """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D]; exactly 0 for a token that sees no image.
 
         `hidden_states` and `mask` may have a multiple of the rows of `media`, which stand for its rows repeated in place (beams). Keys
-        and values are those in `kept`, where they are put by the first of several calls with the same media.
+        and values are those in `media_cache`, where they are put by the first of several calls with the same media.
         """
         query = self.to_q(self.norm(hidden_states))
-        if kept is None:
+        if media_cache is None:
             keys_values = self.to_kv(media)
         else:
-            if self not in kept:
-                kept[self] = self.to_kv(media)
-            keys_values = kept[self]
+            if self not in media_cache:
+                media_cache[self] = self.to_kv(media)
+            keys_values = media_cache[self]
         rows, beams = len(media), len(query) // len(media)
         if beams == 1:
             return self.to_out(attend(query, keys_values, mask.bias)) * mask.visible
@@ -83,11 +83,11 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def forward(
-        self, hidden_states: Tensor, media: Tensor, mask: MediaMask, kept: dict[nn.Module, Tensor] | None = None
+        self, hidden_states: Tensor, media: Tensor, mask: MediaMask, media_cache: dict[nn.Module, Tensor] | None = None
     ) -> Tensor:
-        """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D], in the type of `hidden_states`. For rows and `kept`, see
+        """hidden_states [B, T, D], media [B, N·L, E] → [B, T, D], in the type of `hidden_states`. For rows and `media_cache`, see
         `MaskedCrossAttention`."""
-        hidden_states = gated_sum(hidden_states, self.attn(hidden_states, media, mask, kept), self.attn_gate)
+        hidden_states = gated_sum(hidden_states, self.attn(hidden_states, media, mask, media_cache), self.attn_gate)
         return gated_sum(hidden_states, self.ff(hidden_states), self.ff_gate)
 
 
@@ -106,7 +106,10 @@ class _GatedSum(torch.autograd.Function):
     def forward(ctx: Any, hidden_states: Tensor, added: Tensor, gate: Tensor) -> Tensor:
         opened = gate.tanh()
         ctx.save_for_backward(added, opened)
-        return torch.addcmul(hidden_states, added, opened).to(hidden_states.dtype)
+        device = hidden_states.device.type
+        # Autocast would convert `added` first.
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return torch.addcmul(hidden_states, added, opened).to(hidden_states.dtype)
 
     @staticmethod
     @once_differentiable

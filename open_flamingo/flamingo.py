@@ -228,7 +228,7 @@ class Flamingo(nn.Module, ModelHubMixin):
     def _prompt_cache(self, conditioning: Conditioning, lang_x: Tensor, attention_mask: Tensor, beams: int) -> Any:
         """The key-value cache of prompts [B, T] but for their last token, of which `generate` goes on, for B · `beams` rows."""
         prompt = Conditioning(conditioning.latents, conditioning.text_time[:, :-1])
-        prompt.kept = conditioning.kept
+        prompt.media_cache = conditioning.media_cache
         inputs: dict[str, Any] = {"input_ids": lang_x[:, :-1], "attention_mask": attention_mask[:, :-1]}
         if self._takes_position_ids:
             inputs["position_ids"] = inputs["attention_mask"].long().cumsum(-1).sub_(1).clamp_(min=0)

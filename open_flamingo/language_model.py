@@ -36,9 +36,8 @@ class Conditioning:
     media: Tensor = field(init=False)  # [B, N·L, E]
     mask: MediaMask = field(init=False)  # of [batch, num_tokens]
     uses_cache: bool = field(init=False, default=False)  # whether the call writes to a key-value cache
-    kept: dict[nn.Module, Tensor] = field(
-        init=False, default_factory=dict
-    )  # keys and values of the media, by attention
+    # Keys and values of the media, by attention.
+    media_cache: dict[nn.Module, Tensor] = field(init=False, default_factory=dict)
     _most_uncached: int = field(init=False, default=0)
 
     def prepare_for_call(self, tokens: Tensor, cache: Any = None, uses_cache: bool = False) -> None:
@@ -162,9 +161,9 @@ class ConditionedLayer(nn.Module):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and not conditioning.uses_cache
         if self.gated_cross_attn_layer is not None:
             # A generated token sees the images of the one before: their keys and values are computed once.
-            kept = conditioning.kept if conditioning.uses_cache and not torch.is_grad_enabled() else None
+            media_cache = conditioning.media_cache if conditioning.uses_cache and not torch.is_grad_enabled() else None
             # By argument: the recomputation in the backward pass has no context.
-            inputs = (hidden_states, conditioning.media, conditioning.mask, kept)
+            inputs = (hidden_states, conditioning.media, conditioning.mask, media_cache)
             hidden_states = maybe_checkpoint(self.gated_cross_attn_layer, *inputs, recompute=recompute)
         return maybe_checkpoint(self.decoder_layer, hidden_states, *args, recompute=recompute, **kwargs)
 

@@ -115,12 +115,12 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the cross entropies, float32[], of `logits` [P, V], which are overwritten; and its gradient with respect to them: softmax(logits) -
-    onehot(targets). Autograd would make four more tensors of this size."""
-    return (_on_cpu if logits.device.type == "cpu" else _on_gpu)(logits, targets[:, None])
+    """The sum of the cross entropies, float32[], of `logits` [P, V], which may be overwritten; and its gradient with respect to them:
+    softmax(logits) - onehot(targets). Autograd would make four more tensors of this size."""
+    return (_in_passes if logits.device.type == "cpu" else _by_softmax)(logits, targets[:, None])
 
 
-def _on_cpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _in_passes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     values = logits.float()  # float32 values are the logits themselves
     values.sub_(values.amax(1, keepdim=True))
     of_target = values.gather(1, targets)
@@ -130,8 +130,8 @@ def _on_cpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return total, values if values is logits else logits.copy_(values)
 
 
-def _on_gpu(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As few kernels and passes over the logits as torch has: what `_on_cpu` does is eleven passes. (On a CPU those are in its cache, and faster.)"""
+def _by_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """For a GPU: few kernels, where `_in_passes` has eleven. (On a CPU those find their piece in its cache, and are faster.)"""
     of_target = F.log_softmax(logits, 1, dtype=torch.float32).gather(1, targets)
     gradient = logits.softmax(1, dtype=logits.dtype)  # given, as autocast would take float32
     # The target's probability less 1, before anything is rounded: of one near 1 nothing would be left.

@@ -32,7 +32,7 @@ CARD = """---
 # {name}
 
 An OpenFlamingo vision-language model: the vision encoder {vision} and the language model {language}, both frozen, joined by a Perceiver
-resampler and gated cross-attention before every {spacing} decoder layer. `{weights}` holds what was trained; the backbones come from
+resampler and gated cross-attention before {layers}. `{weights}` holds what was trained; the backbones come from
 where they were published.
 
 ```python
@@ -42,7 +42,9 @@ from open_flamingo import load
 model, image_processor, tokenizer = load("{name}")
 image = image_processor(Image.open("image.jpg").convert("RGB"))[None, None, None]  # batch, images, frames, channels, height, width
 prompt = tokenizer(["<image>"], return_tensors="pt")
-text = model.generate(image.to(model.device), **prompt.to(model.device), max_new_tokens=30)
+device = next(model.parameters()).device
+prompt = prompt.to(device)
+text = model.generate(image.to(device), prompt["input_ids"], prompt["attention_mask"], max_new_tokens=30)
 print(tokenizer.decode(text[0], skip_special_tokens=True))
 ```
 """
@@ -109,7 +111,7 @@ def card(model: "Flamingo", name: str = "path/or/name") -> str:
         name=name,
         vision=f"`{settings['vision_encoder_path']}`" + (f" (`{pretrained}`)" if pretrained else ""),
         language=f"`{settings['lm_path']}`",
-        spacing="single" if every == 1 else f"{every}th",
+        layers="every decoder layer" if every == 1 else f"one in {every} decoder layers",
         weights=WEIGHTS,
     )
     flags = training.get("flags", {})

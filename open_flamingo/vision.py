@@ -60,7 +60,10 @@ def fuse_quick_gelu(tower: nn.Module) -> None:
     """In the ViTs of OpenAI's CLIP x · sigmoid(1.702 · x) is three kernels. It is silu(1.702 · x) / 1.702, one kernel, with the factors
     multiplied into the matrices before and after it, in place."""
     for mlp in tower.modules():
-        if isinstance(mlp, nn.Sequential) and isinstance(getattr(mlp, "gelu", None), QuickGELU):
+        is_plain = isinstance(
+            getattr(mlp, "ln", nn.Identity()), nn.Identity
+        )  # a norm between would take the factor away
+        if isinstance(mlp, nn.Sequential) and isinstance(getattr(mlp, "gelu", None), QuickGELU) and is_plain:
             for parameter in mlp.get_submodule("c_fc").parameters():
                 parameter.mul_(1.702)
             mlp.get_parameter("c_proj.weight").div_(1.702)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from open_flamingo import mpt
 from open_flamingo.cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention, media_mask
 from open_flamingo.language_model import conditioned
-from open_flamingo.loss import _on_cpu, _on_gpu
+from open_flamingo.loss import _by_softmax, _in_passes
 from open_flamingo.resampler import FeedForward, PerceiverResampler
 from tests.families import (
     END_OF_CHUNK,
@@ -575,7 +575,7 @@ def test_the_loss_of_a_gpu_is_that_of_a_cpu(dtype: torch.dtype) -> None:
     logits = logits.to(dtype)
     exact = logits.double().softmax(1)
     exact[range(6), targets] -= 1
-    for way in (_on_cpu, _on_gpu):
+    for way in (_by_softmax, _in_passes):
         total, gradient = way(logits.clone(), targets[:, None])
         torch.testing.assert_close(total, F.cross_entropy(logits.float(), targets, reduction="sum"))
         assert gradient.dtype == dtype

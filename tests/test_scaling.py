@@ -226,7 +226,7 @@ def test_bytes_held_and_sent_are_those_of_fsdp(
     model = tiny_flamingo(tied, recompute)
     cast_frozen_weights(model, precision)
     strategy = estimate.Strategy("FSDP", WORLD, shard, frozen)
-    units = estimate.unit_pieces(model, precision)
+    units = estimate.unit_pieces(model, autocast_dtype(precision))
     expected = estimate.held(units, strategy)
     calls = list(estimate.collectives(units, strategy, passes=2))
 

@@ -23,7 +23,7 @@ from open_flamingo import Flamingo
 from open_flamingo.train import estimate, parallel
 from open_flamingo.train.checkpoint import files
 from open_flamingo.train.data import laion, mmc4
-from open_flamingo.train.data.loader import build_loader
+from open_flamingo.train.data.loader import Batch, build_loader, collate
 from open_flamingo.train.data.options import DataOptions, data_options
 from open_flamingo.train.data.samples import DataError
 from open_flamingo.train.data.shards import local_path
@@ -88,6 +88,8 @@ def dry_run(args: Namespace) -> int:
     transformers_logging.disable_progress_bar()
     screen = Screen()
     try:
+        if not detect_launcher().is_main:
+            return 0
         examine(args, screen)
     except (UserError, DataError) as error:
         screen.problems.append(str(error))
@@ -98,8 +100,10 @@ def dry_run(args: Namespace) -> int:
 def examine(args: Namespace, screen: Screen) -> None:
     """Raises UserError where the run could not begin, and DataError where its data cannot be read."""
     with user_error("cannot start"):
-        ranks = args.dry_run_ranks or detect_launcher().world_size
-        world = World("dry run", world_size=ranks, local_world_size=min(ranks, estimate.GPUS_OF_NODE))
+        launched = detect_launcher()
+        ranks = args.dry_run_ranks or launched.world_size
+        on_node = None if args.dry_run_ranks else launched.local_world_size
+        world = World("dry run", world_size=ranks, local_world_size=on_node or min(ranks, estimate.GPUS_OF_NODE))
         plan = Plan.from_flags(args, ranks)
         sharding = parallel.sharding_from_flags(args, world)
         strategy = Strategy("DDP", ranks, 1, False)
@@ -123,9 +127,9 @@ def examine(args: Namespace, screen: Screen) -> None:
     flops = None
     with suppress(Exception):  # of a tower that cannot be counted there is no figure
         flops = ModelFlops.of(model, image)
-    planned.checkpoint = estimate.checkpoint_size(model)
     cast_frozen_weights(model, args.precision)
-    planned.units = estimate.unit_pieces(model, args.precision)
+    planned.checkpoint = estimate.checkpoint_size(model)
+    planned.units = estimate.unit_pieces(model, parallel.gather_dtype(args))
     say_memory(planned, model, image.shape[-2:])
     if flops is not None:
         say_time(planned, flops)
@@ -175,22 +179,29 @@ def survey(option: DataOptions, tokenizer: Any, image_processor: Any) -> Survey:
     found = Survey()
     rows = min(option.batch_size, SAMPLES // 4)
     changes = {"batch_size": rows, "workers": 0, "lanes": LANES, "shuffle_buffer": 1, "rank": 0, "world_size": 1}
-    watched = WatchedPreparer(option, tokenizer, image_processor, number=0)
+    watched = WatchedPreparer(option, tokenizer, image_processor, number=rows)
+
+    def add(batch: Batch) -> None:
+        found.tokens += (batch.input_ids != tokenizer.pad_token_id).sum(1).tolist()
+        found.images += batch.image_counts
+        found.positions += batch.input_ids.numel()
+        found.work = found.work.plus(batch.work)
+
     began = time.monotonic()
     loader = build_loader(replace(option, **changes), tokenizer, image_processor, prepare=watched)  # type: ignore[arg-type]
     with loader, suppress(Enough):
         while len(found.tokens) < SAMPLES and time.monotonic() - began < SECONDS:
             batch = next(loader)
-            found.tokens += (batch.input_ids != tokenizer.pad_token_id).sum(1).tolist()
-            found.images += batch.image_counts
-            found.positions += batch.input_ids.numel()
-            found.work = found.work.plus(batch.work)
+            add(batch)
             found.dropped.update(batch.dropped)
             found.errors.update(batch.errors)
-    if not found.tokens:
+    if not watched.used:
         raise DataError(
             f"--{option.kind}_shards: none of {watched.read:,} samples can be used. {watched.counts.summary()}"
         )
+    if not found.tokens:  # fewer than a batch
+        add(collate([seen.sample for seen in watched.used if seen.sample], option.kind, watched.encode))
+        found.dropped, found.errors = watched.counts.dropped, watched.counts.errors
     found.seconds, found.figures = time.monotonic() - began, watched.figures
     return found
 
@@ -223,11 +234,11 @@ def say_data(kind: str, planned: PlannedRun) -> None:
         f"similarity of images to sentences (threshold {option.mmc4_textsim_threshold:g})": found.figures.similarities
     }
     quantities["shorter side of images, pixels"] = [min(size) for size in found.figures.sizes]
-    spread = [
-        f"{name}: {np.quantile(values, 0.1):.0f} (10 %), {np.quantile(values, 0.5):.0f} (median), {np.quantile(values, 0.9):.0f} (90 %)"
-        for name, values in quantities.items()
-        if values
-    ]
+    spread = []
+    for name, values in quantities.items():
+        if values:
+            low, middle, high = (f"{x:.3g}" if x < 100 else f"{x:.0f}" for x in np.quantile(values, (0.1, 0.5, 0.9)))
+            spread.append(f"{name}: {low} (10 %), {middle} (median), {high} (90 %)")
     screen.say(kind, "; ".join(spread))
     if kept < 0.1 * (kept + left_out):
         worst = (found.dropped + found.errors).most_common(1)[0][0]
@@ -260,7 +271,7 @@ def say_memory(planned: PlannedRun, model: Flamingo, image_size: Any) -> None:
     def measured(recompute: bool, divisor: int = 1) -> Passes:
         model.set_gradient_checkpointing(recompute)
         sizes = [size._replace(rows=max(1, size.rows // divisor)) for size in batches]
-        return estimate.measure_passes(model, args.precision, sizes, image_size)
+        return estimate.measure_passes(model, args.precision, sizes, image_size, on_gpu=True)
 
     passes = measured(args.gradient_checkpointing)
     held, total = estimate.held(units, strategy), estimate.peak_memory(units, strategy, passes)
@@ -280,8 +291,10 @@ def say_memory(planned: PlannedRun, model: Flamingo, image_size: Any) -> None:
     )
     totals = {name: estimate.peak_memory(units, *other) for name, other in others.items()}
     screen.say("memory", "with " + "; with ".join(f"{name} {size / GB:.1f} GB" for name, size in totals.items()))
-    kept = 0 if args.checkpoint_format == "sharded" else planned.checkpoint
-    screen.say("memory", f"host memory of rank 0 for checkpoints {kept / GB:.1f} GB")
+    kept, where = planned.checkpoint, "of rank 0"
+    if args.checkpoint_format == "sharded":
+        kept, where = planned.checkpoint // strategy.shard, "of each rank"
+    screen.say("memory", f"host memory {where} for checkpoints {kept / GB:.1f} GB")
     if gpu is not None and total > MEMORY_USED * gpu.memory:
         fitting = [name for name, size in totals.items() if size <= MEMORY_USED * gpu.memory]
         advice = f"try {' or '.join(fitting)}" if fitting else "several of the changes above together may help"

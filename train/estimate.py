@@ -5,7 +5,9 @@ GB is 10⁹ bytes. W is the number of ranks, P that of trained parameters.
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from open_flamingo import Flamingo
+from open_flamingo import Flamingo, loss
+from open_flamingo.language_model import replaced
 from open_flamingo.loss import LabeledPositions
 from open_flamingo.train.distributed import World
 from open_flamingo.train.flops import PEAK_FLOPS
@@ -94,30 +97,31 @@ class Unit(NamedTuple):
 
     gathers: how often, for a forward and its backward: twice; once in the vision encoder, which has no backward, and of
         the root, which is kept in between.
-    is_block: whether it is, or is of, one of the blocks of the language model, where memory is at its peak.
+    in_decoder: whether it is of the language model's layers, where memory is at its peak.
     """
 
     pieces: tuple[Piece, ...]
     gathers: int
-    is_block: bool
+    in_decoder: bool
 
 
-def unit_pieces(model: Flamingo, precision: str) -> tuple[Unit, ...]:
-    """The units of `parallel.units` and the parameters that each gathers: those that no unit before it has."""
+def unit_pieces(model: Flamingo, gather_dtype: torch.dtype | None) -> tuple[Unit, ...]:
+    """The units of `parallel.units` and the parameters that each gathers: its own, and of the last, what is left."""
     found: list[Unit] = []
     seen: set[int] = set()
+    uses = Counter(id(p) for module in units(model, gather_dtype) if module is not model for p in module.parameters())
     vision = {id(module) for module in model.vision_encoder.modules()}
     blocks = {id(parameter) for parameter in model.decoder_layers.parameters()}
-    dtype = autocast_dtype(precision)
-    for module in units(model, dtype):
-        own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+    for module in units(model, gather_dtype):
+        # Of several, as Zamba 2's block in several layers, it is the last one's.
+        own = [p for p in module.parameters() if id(p) not in seen and (uses[id(p)] == 1 or module is model)]
         seen.update(map(id, own))
-        low = dtype.itemsize if dtype is not None and isinstance(module, nn.ModuleList) else None
+        low = gather_dtype.itemsize if gather_dtype is not None and isinstance(module, nn.ModuleList) else None
         pieces = tuple(
             Piece(p.shape[0], p.numel(), p.element_size(), p.requires_grad, low or p.element_size()) for p in own
         )
         gathers = 1 if module is model or id(module) in vision else 2
-        found.append(Unit(pieces, gathers, is_block=module is not model and any(id(p) in blocks for p in own)))
+        found.append(Unit(pieces, gathers, in_decoder=module is not model and any(id(p) in blocks for p in own)))
     return tuple(found)
 
 
@@ -134,28 +138,34 @@ class Passes(NamedTuple):
 
     forward, backward: FLOPs of matrix products. With gradient checkpointing, backward holds a second forward of what is recomputed.
     peak: the most bytes alive at once beside weights and optimizer: activations, and the gradients, which are `gradients` bytes.
-        Without checkpointing, with all trained matrices in the type that autocast gives them, `casts` bytes.
+        Without checkpointing, autocast's copies of trained matrices are among it, `autocast_copies` bytes.
     """
 
     forward: int
     backward: int
     peak: int
     gradients: int
-    casts: int
+    autocast_copies: int
 
 
 def measure_passes(
-    model: Flamingo, precision: str, batches: Iterable[BatchSize], image_size: tuple[int, int] = (224, 224)
+    model: Flamingo,
+    precision: str,
+    batches: Iterable[BatchSize],
+    image_size: tuple[int, int] = (224, 224),
+    *,
+    on_gpu: bool,
 ) -> Passes:
     """Of `model`, which is on the meta device and holds its weights as `cast_frozen_weights` casts them: the very code of an update
-    runs, on tensors without memory. They are the CPU's, whose autocast differs from a GPU's in norms alone."""
+    runs, on tensors without memory. They are the CPU's, whose autocast differs from a GPU's in norms alone; the loss is a GPU's where
+    `on_gpu`."""
     device, forward = torch.device("cpu"), 0
     tables: list[dict[str, Any]] = [table for m in model.modules() for table in (m._parameters, m._buffers)]
     before = [dict(table) for table in tables]
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     dtype = None if model.gradient_checkpointing else autocast_dtype(precision)
     matrices = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+    with as_on_gpu() if on_gpu else nullcontext(), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         broadcast_from_rank0(model, model, World(rank=1, device=device), set())
         meter.reset()
         for rows, tokens, images in batches:
@@ -166,13 +176,23 @@ def measure_passes(
             done = meter.flops
             with autocast(precision, device):
                 labels = LabeledPositions(counted, counted)
-                loss = model(vision_x, lang_x, labels=labels, image_counts=[images] * rows).loss
+                result = model(vision_x, lang_x, labels=labels, image_counts=[images] * rows).loss
             forward += meter.flops - done
-            loss.backward()
-            del loss, vision_x, lang_x, counted, labels
+            result.backward()
+            del result, vision_x, lang_x, counted, labels
     for table, entries in zip(tables, before):
         table.update(entries)
     return Passes(forward, meter.flops - forward, meter.peak, gradients, matrices * dtype.itemsize if dtype else 0)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Within this `with`, the loss of tensors on the CPU is computed as a GPU's."""
+    with (
+        replaced(vars(loss), "MAX_LOGITS", loss.MAX_LOGITS_ON_GPU),
+        replaced(vars(loss), "_in_passes", loss._by_softmax),
+    ):
+        yield
 
 
 def _attention_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
@@ -300,9 +320,13 @@ def peak_memory(units: Iterable[Unit], strategy: Strategy, passes: Passes) -> in
     def gathered(unit: Unit) -> int:
         return sum(p.numel * p.gathered_itemsize for p in unit.pieces if is_sharded(p, strategy))
 
-    casts = passes.casts if any(p.gathered_itemsize < p.itemsize for p in pieces(inner)) else 0
+    copies = passes.autocast_copies if any(p.gathered_itemsize < p.itemsize for p in pieces(inner)) else 0
     return (
-        needed + passes.gradients - casts + gathered(root) + 3 * max(gathered(unit) for unit in inner if unit.is_block)
+        needed
+        + passes.gradients
+        - copies
+        + gathered(root)
+        + 3 * max(gathered(unit) for unit in inner if unit.in_decoder)
     )
 
 

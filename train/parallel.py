@@ -53,8 +53,12 @@ def sharding_from_flags(args: argparse.Namespace, world: World) -> Sharding | No
         raise ValueError(
             f"--fsdp_shard_size: {size} ranks cannot share the model evenly among {ranks}: use one of {fitting}"
         )
-    # Compiled blocks are units as a whole: within one, what FSDP does around each matrix would break its graph.
-    return Sharding(size, args.fsdp_frozen == "shard", None if args.compile else autocast_dtype(args.precision))
+    return Sharding(size, args.fsdp_frozen == "shard", gather_dtype(args))
+
+
+def gather_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """See `Sharding`. Compiled blocks are units as a whole: within one, what FSDP does around each matrix would break its graph."""
+    return None if args.compile else autocast_dtype(args.precision)
 
 
 def parallelize(model: Flamingo, world: World, sharding: Sharding | None = None) -> nn.Module:
@@ -99,8 +103,8 @@ def units(model: Flamingo, gather_dtype: torch.dtype | None = None) -> Iterator[
     """The parts that FSDP gathers one at a time, inner ones first; the last is the model itself, for what is left: a tied embedding too,
     as the head that shares it is needed at the end of forward.
 
-    With a `gather_dtype`, of the trained parts only their matrices, which autocast computes in it anyway: a list. Their norms and gates,
-    which stay as they are, are small, and left to the last.
+    With a `gather_dtype`, of the trained parts only their matrices, which autocast computes in it anyway: a ModuleList, by which
+    `parallelize` and `estimate.unit_pieces` know them. Their norms and gates, which stay as they are, are small, and left to the last.
     """
 
     def part(module: nn.Module) -> nn.Module:

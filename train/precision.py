@@ -60,9 +60,10 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def cast_frozen_weights(model: Flamingo, precision: str) -> None:
     """Casts the weights of `model`, in place, to what `precision` holds them in.
 
-    In bf16 that is all parameters: see `cast_weights`. Under autocast, only frozen matrices are cast. A matrix that is also used in another way (an output head tied to the embeddings) stays as it is, and so does
-    the output head, since checkpoints hold it. OpenCLIP's own ViT is cast as a whole: between its layers it keeps what it computes in
-    the lower precision anyway, and then it needs no autocast (see `Flamingo._encode`), whose conversions take a third of its time.
+    In bf16 that is all parameters: see `cast_weights`. Under autocast, only frozen matrices are cast. A matrix that is also used in
+    another way (an output head tied to the embeddings) stays as it is, and so does the output head, since checkpoints hold it. OpenCLIP's
+    own ViT is cast as a whole: between its layers it keeps what it computes in the lower precision anyway, and then it needs no autocast
+    (see `Flamingo._encode`), whose conversions take a third of its time.
     """
     if precision != "fp32":
         fuse_quick_gelu(model.vision_encoder)  # before its matrices are rounded

@@ -64,7 +64,7 @@ def describe(state: TrainState, options: dict[str, DataOptions], step: int) -> N
     local = [p.to_local() if isinstance(p, DTensor) else p for p in state.model.parameters()]
     trained = sum(p.nbytes for p in local if p.requires_grad) / 1e9
     log.info(
-        "memory of rank 0 between updates: weights %.2f GB, gradients %.2f GB, optimizer %.2f GB (--dry_run estimates what an update adds)",
+        "memory of rank 0: weights %.2f GB, gradients %.2f GB, optimizer %.2f GB (--dry_run estimates what an update adds)",
         *(sum(p.nbytes for p in local) / 1e9, trained, 2 * trained),
     )
     log.info("a checkpoint is %.2f GB", checkpoint_size(state.model) / 1e9)

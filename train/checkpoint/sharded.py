@@ -75,9 +75,11 @@ def start_sharded(
             }
             files.save(state | {"layout": layout}, beside / SHARDED_STATE)
     tensors = _tensors(model, optimizer, only_trained=False)
-    written: Any = dcp.async_save(
-        tensors, storage_writer=ChecksumWriter(beside), process_group=group, async_stager=copies
-    )
+    writer: Any = ChecksumWriter(beside)
+    try:
+        written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=group, async_stager=copies)
+    except RuntimeError as error:  # the machine has a limit of page-locked memory
+        raise OSError(files.first_line(error)) from error
 
     def finish() -> None:
         try:

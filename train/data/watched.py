@@ -1,4 +1,4 @@
-"""The first samples of a run, through its ordinary loader, with what became of each raw sample: for `--preview`.
+"""The first samples of a run, through its ordinary loader, with what became of each raw sample: for `--preview` and `--dry_run`.
 
 Nothing of the rules is repeated here: the preparers' own parts are watched.
 """
