@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("checkpoint", metavar="CHECKPOINT",
         help="of this program or of the reference: a file, the folder of a run or a saved model, or a name on the Hugging Face hub")
     add("--task", choices=TASKS, required=True)
-    add("--data", type=Path, required=True, help="JSONL of what is asked: image and caption(s), question and answers, or label")
+    add("--data", type=Path, required=True, help="JSONL of the test set: image and caption(s), question and answers, or label")
     add("--context", type=Path, required=True, help="JSONL that demonstrations are taken from: training data")
     add("--image_dir", type=Path, help="what images in both files are relative to (default: the file's folder)")
     add("--output_dir", type=Path, default=Path("evaluation"), help="for results.json, results.html and predictions (default: %(default)s)")
@@ -51,10 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--demonstrations", choices=["random", "rices"], default="random",
         help="rices: those whose images are like the query's, by the vision encoder's features (default: %(default)s)")
     add("--context_size", type=non_negative_int,
-        help="demonstrations are taken from a random so many of --context; 0: from all (default: 2048, as in the paper; with rices 0)")
-    add("--samples", type=non_negative_int, default=0, help="evaluate a random so many of --data; 0: all (default: %(default)s)")
+        help="size of the random subset of --context that demonstrations are taken from; 0: all (default: 2048, as in the paper; with rices 0)")
+    add("--samples", type=non_negative_int, default=0, help="size of the random subset of --data that is evaluated; 0: all (default: %(default)s)")
     add("--controls", nargs="*", choices=[BLANK, SHUFFLED], default=[BLANK, SHUFFLED],
-        help="also score with gray images, and with the demonstrations' answers exchanged (default: both)")
+        help="also score with blank images, and with the demonstrations' answers shuffled (default: both)")
     add("--control_seeds", type=positive_int, default=1, help="seeds of the controls (default: %(default)s)")
     add("--prompt", help="a demonstration, such as '<image>Output:{caption}<|endofchunk|>', with {question}, {text} and, last, {caption}, "
         "{answer} or {label}. Default: the paper's")
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--caption_tokenizer", choices=["ptb", "simple"], default="ptb",
         help="ptb: the official scorers' own, which needs Java. simple: near it, without Java and METEOR (default: %(default)s)")
 
-    add = parser.add_argument_group("model, where the checkpoint does not say it").add_argument
+    add = parser.add_argument_group("model, if the checkpoint does not record it").add_argument
     add("--vision_encoder_path")
     add("--vision_encoder_pretrained")
     add("--lm_path")
