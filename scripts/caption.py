@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from open_flamingo.scripts.evaluate.model import MODEL_FLAGS, max_prompt_tokens
 from open_flamingo.train.arguments import positive_int
 from open_flamingo.train.atomic import atomic_write
 from open_flamingo.train.data.decoding import FORMATS, decode_rgb
@@ -30,16 +31,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}  # of images in folders
 THUMBNAIL = 320  # pixels of the longer side
-MAX_ASPECT_RATIO = (
-    128  # an image of 1,000,000 x 1 pixels, resized whole, would take 150 GB: its ends, which are cropped, go first
-)
-OVERRIDES = (
-    "vision_encoder_path",
-    "vision_encoder_pretrained",
-    "lm_path",
-    "tokenizer_path",
-    "cross_attn_every_n_layers",
-)
+# An image of 1,000,000 x 1 pixels, resized whole, would take 150 GB: its ends, which are cropped, go first.
+MAX_ASPECT_RATIO = 128
 
 
 class Shot(NamedTuple):
@@ -95,7 +88,7 @@ def read_shots(path: Path) -> list[Shot]:
     """Lines of {"image": path, "caption" or "text": text}; paths are relative to the file. Raises ValueError, naming the line."""
     shots = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold the other line ends of Unicode
     except (OSError, UnicodeError) as error:
         raise ValueError(f"--shots {path}: {getattr(error, 'strerror', None) or error}") from error
     for number, line in enumerate(lines, 1):
@@ -138,7 +131,7 @@ class Captioner:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken images: what is wrong is told
-        overrides = {name: getattr(args, name) for name in OVERRIDES}
+        overrides = {name: getattr(args, name) for name in MODEL_FLAGS}
         where = {"use_local_files": args.offline, "trust_remote_code": args.trust_remote_code}
         dtype = getattr(torch, args.dtype)
         self._model, self._processor, self._tokenizer = load(args.checkpoint, device, dtype, **overrides, **where)
@@ -146,17 +139,18 @@ class Captioner:
         self._generation: dict[str, Any] = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
 
         # As training reads a text: "<image>", and what stands in a prompt as if it were such a token is text.
-        parts = ["", *(f"{args.prompt}{shot.text}" for shot in shots), args.prompt]
+        gap = " " if args.prompt[-1:].isalnum() else ""  # not "It isa green fox"
+        parts = ["", *(f"{args.prompt}{gap}{shot.text}" for shot in shots), args.prompt]
         if sum(map(len, parts)) > MAX_CHARACTERS // 2:
             raise ValueError(f"the prompt is of more than {MAX_CHARACTERS // 2:,} characters: give fewer --shots")
         encode = TextEncoder(self._tokenizer, max_tokens=2**20)
         ids = encode(parts)
         end = len(ids) - 1 - ids[::-1].index(encode.eoc_token_id)
         self._prompt = torch.tensor([ids[:end]], device=device)
-        most = getattr(self._model.lang_encoder.config, "max_position_embeddings", None)
-        if most is not None and end + args.max_new_tokens > most:
+        most = max_prompt_tokens(self._model, args.max_new_tokens)
+        if most is not None and end > most:
             raise ValueError(
-                f"the prompt is of {end} tokens, and the language model takes {most} with --max_new_tokens {args.max_new_tokens}: "
+                f"the prompt is of {end} tokens, and the language model takes {most} beside --max_new_tokens {args.max_new_tokens}: "
                 "give fewer --shots or a shorter --prompt"
             )
         self._shots = []
@@ -301,12 +295,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="float32",
         help="of the model (default: %(default)s)",
     )
-    for name in OVERRIDES:
+    for name in MODEL_FLAGS:
         kind = positive_int if name == "cross_attn_every_n_layers" else str
         add(
             f"--{name}",
             type=kind,
-            help="instead of what the checkpoint records" if name == OVERRIDES[0] else "the same",
+            help="instead of what the checkpoint records" if name == MODEL_FLAGS[0] else "the same",
         )
     add("--offline", action="store_true", help="do not ask the Hugging Face hub")
     add(
@@ -321,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line. Raises SystemExit: with a message where nothing can begin, with 1 where no image could be captioned."""
     args = build_parser().parse_args(argv)
     if args.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which nothing above does
     for stream in (sys.stdout, sys.stderr):  # names of files can be of any bytes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

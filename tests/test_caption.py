@@ -90,7 +90,7 @@ def test_the_caption_is_what_the_model_generates(
         ([f"--shots={shots}"], "<image>a green fox<|endofchunk|><image>", [shot, image]),
         (
             [f"--shots={shots}", "--prompt=It is"],
-            "<image>It isa green fox<|endofchunk|><image>It is",
+            "<image>It is a green fox<|endofchunk|><image>It is",
             [shot, image],
         ),
     ):
@@ -161,6 +161,13 @@ def test_each_device_has_a_process_and_the_order_stays(
     assert result.stderr.splitlines()[-1].startswith(f"error: {photos} holds no checkpoint that can be read")
 
 
+def test_a_line_ends_at_a_new_line_alone(tmp_path: Path) -> None:
+    """JSON may hold U+2028, U+2029 and U+0085 as they are."""
+    (tmp_path / "shots.jsonl").write_text('{"image": "a.jpg", "caption": "a\u2028b\u2029c\u0085d"}\n', encoding="utf-8")
+    (shot,) = caption.read_shots(tmp_path / "shots.jsonl")
+    assert shot.text == "a\u2028b\u2029c\u0085d"
+
+
 def test_mistakes_are_told_in_a_line(say: Callable[..., tuple[list[str], str]], photos: Path) -> None:
     shots = photos.parent / "shots.jsonl"
     good = json.dumps({"image": "photos/0.jpg", "text": "red"})
@@ -168,7 +175,7 @@ def test_mistakes_are_told_in_a_line(say: Callable[..., tuple[list[str], str]], 
         ("[1]\n", "shots.jsonl, line 1 is not {"),
         (f'{good}\n{{"image": "a.jpg"}}\n', "shots.jsonl, line 2 is not {"),
         ('{"image": "gone.jpg", "text": "a"}\n', "gone.jpg: No such file or directory"),
-        (f"{good}\n" * 40, "tokens, and the language model takes 256 with --max_new_tokens 6: give fewer --shots"),
+        (f"{good}\n" * 40, "tokens, and the language model takes 250 beside --max_new_tokens 6: give fewer --shots"),
     ):
         shots.write_text(lines)
         with pytest.raises(SystemExit, match=r"^error: ") as exit:

@@ -81,7 +81,7 @@ def _wait_until_dead(path: Path) -> None:
     if alive and path.exists():
         raise ValueError(
             f"{path.parent} is the folder of a run that lives: on {owner.get('host')}, process {owner.get('pid')}, since "
-            f"{owner.get('since')}. Stop that one first, or choose another --run_name"
+            f"{owner.get('since')}. Stop that one first, or choose another folder"
         )
 
 

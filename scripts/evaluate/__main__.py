@@ -7,15 +7,17 @@ import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_flamingo.scripts.evaluate.conditions import BLANK, SHUFFLED, Condition, conditions
+from open_flamingo.scripts.evaluate.conditions import BLANK, SHUFFLED, TEXT_ONLY, Condition, conditions
 from open_flamingo.scripts.evaluate.data import TASKS, Record, check_images, read_records, subset
 from open_flamingo.scripts.evaluate.metrics import check_caption_scorer
+from open_flamingo.scripts.evaluate.model import MODEL_FLAGS, together
 from open_flamingo.scripts.evaluate.predictions import checkpoint_fingerprint, fingerprint, keep_settings
 from open_flamingo.scripts.evaluate.prompts import Prompt, default_prompt
 from open_flamingo.train.arguments import finite_float, non_negative_int, positive_int
@@ -23,13 +25,6 @@ from open_flamingo.train.arguments import finite_float, non_negative_int, positi
 log = logging.getLogger("open_flamingo.evaluate")
 
 NEW_TOKENS = {"caption": 20, "vqa": 5, "classify": 0}
-MODEL_FLAGS = (
-    "vision_encoder_path",
-    "vision_encoder_pretrained",
-    "lm_path",
-    "tokenizer_path",
-    "cross_attn_every_n_layers",
-)
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -44,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("checkpoint", metavar="CHECKPOINT",
         help="of this program or of the reference: a file, the folder of a run or a saved model, or a name on the Hugging Face hub")
     add("--task", choices=TASKS, required=True)
-    add("--data", type=Path, required=True, help="JSONL of what is asked: image and caption(s), question and answers, or label")
+    add("--data", type=Path, required=True, help="JSONL of the test set: image and caption(s), question and answers, or label")
     add("--context", type=Path, required=True, help="JSONL that demonstrations are taken from: training data")
     add("--image_dir", type=Path, help="what images in both files are relative to (default: the file's folder)")
     add("--output_dir", type=Path, default=Path("evaluation"), help="for results.json, results.html and predictions (default: %(default)s)")
@@ -56,10 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--demonstrations", choices=["random", "rices"], default="random",
         help="rices: those whose images are like the query's, by the vision encoder's features (default: %(default)s)")
     add("--context_size", type=non_negative_int,
-        help="demonstrations are taken from a random so many of --context; 0: from all (default: 2048, as in the paper; with rices 0)")
-    add("--samples", type=non_negative_int, default=0, help="evaluate a random so many of --data; 0: all (default: %(default)s)")
+        help="size of the random subset of --context that demonstrations are taken from; 0: all (default: 2048, as in the paper; with rices 0)")
+    add("--samples", type=non_negative_int, default=0, help="size of the random subset of --data that is evaluated; 0: all (default: %(default)s)")
     add("--controls", nargs="*", choices=[BLANK, SHUFFLED], default=[BLANK, SHUFFLED],
-        help="also score with gray images, and with the demonstrations' answers exchanged (default: both)")
+        help="also score with blank images, and with the demonstrations' answers shuffled (default: both)")
     add("--control_seeds", type=positive_int, default=1, help="seeds of the controls (default: %(default)s)")
     add("--prompt", help="a demonstration, such as '<image>Output:{caption}<|endofchunk|>', with {question}, {text} and, last, {caption}, "
         "{answer} or {label}. Default: the paper's")
@@ -72,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--caption_tokenizer", choices=["ptb", "simple"], default="ptb",
         help="ptb: the official scorers' own, which needs Java. simple: near it, without Java and METEOR (default: %(default)s)")
 
-    add = parser.add_argument_group("model, where the checkpoint does not say it").add_argument
+    add = parser.add_argument_group("model, if the checkpoint does not record it").add_argument
     add("--vision_encoder_path")
     add("--vision_encoder_pretrained")
     add("--lm_path")
@@ -134,16 +129,20 @@ def make_plan(args: argparse.Namespace) -> Plan:
     pool = subset(pool, size, "context")
     check_images(test, "--data", args.data)
     check_images(pool, "--context", args.context)
+    check_pool(test, pool, args.shots)
     notes = []
     if args.task == "caption" and args.caption_tokenizer == "simple":
         notes.append(
             "Captions were not split by the official PTB tokenizer, which needs Java: scores are near the official ones."
         )
+    if args.task == "caption" and len(test) == 1:
+        notes.append("CIDEr of a single sample is always 0: it weighs words by how rare they are among the samples.")
     same = ("task", "demonstrations", "num_beams", "length_penalty", "dtype", *MODEL_FLAGS)
     decisive = {name: getattr(args, name) for name in same} | {
         "checkpoint": f"{Path(args.checkpoint).name}, {checkpoint_fingerprint(args.checkpoint)}",
         "data": fingerprint(args.data),
         "context": fingerprint(args.context),
+        "image_dir": None if args.image_dir is None else str(args.image_dir.resolve()),
         "samples": len(test),
         "context_size": len(pool),
         "prompt": prompt.template,
@@ -154,20 +153,28 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(test, pool, prompt, classes, todo, notes, decisive)
 
 
-def run(args: argparse.Namespace, plan: Plan, world: Any) -> None:
-    """Predictions of all conditions, then scores. Every rank must call this. Raises ValueError, OSError or RuntimeError."""
+def check_pool(test: Sequence[Record], pool: Sequence[Record], shots: Sequence[int]) -> None:
+    """Raises ValueError if some query would have too few demonstrations: none may have its own image."""
+    same = Counter(record.image for record in pool)
+    others = len(pool) - max(same[record.image] for record in test)
+    needed = max(number or TEXT_ONLY for number in shots)
+    if others < needed:
+        raise ValueError(
+            f"--context has {others} other images, which is too few for {needed} demonstrations: give fewer --shots, a larger "
+            "--context or another --context_size"
+        )
+
+
+def load_model(args: argparse.Namespace, device: Any) -> Any:
+    """As `open_flamingo.load`, with flags in its errors."""
     import torch
 
     from open_flamingo import load
-    from open_flamingo.scripts.evaluate.results import PAGE, RESULTS, build_scorer, table, write_results
-    from open_flamingo.scripts.evaluate.runner import Evaluator, Settings
-    from open_flamingo.train.distributed import run_on_rank0
 
-    run_on_rank0(keep_settings, args.output_dir, plan.decisive)
     try:
-        model, image_processor, tokenizer = load(
+        return load(
             args.checkpoint,
-            device=world.device,
+            device=device,
             dtype=getattr(torch, args.dtype),
             use_local_files=args.offline,
             cache_dir=args.cache_dir,
@@ -177,6 +184,17 @@ def run(args: argparse.Namespace, plan: Plan, world: Any) -> None:
     except (ValueError, OSError) as error:  # these name arguments, which are flags here
         names = "|".join((*MODEL_FLAGS, "trust_remote_code"))
         raise ValueError(re.sub(rf"(?<![\w-])({names})\b(=True|=…)?", r"--\1", str(error))) from error
+
+
+def run(args: argparse.Namespace, plan: Plan, world: Any) -> None:
+    """Predictions and scores of all conditions. Every rank must call this. Raises ValueError, OSError or RuntimeError."""
+    from open_flamingo.scripts.evaluate.results import PAGE, RESULTS, build_scorer, table, write_results
+    from open_flamingo.scripts.evaluate.runner import Evaluator, Settings
+    from open_flamingo.train.distributed import run_on_rank0
+
+    run_on_rank0(keep_settings, args.output_dir, plan.decisive)
+    with together():
+        model, image_processor, tokenizer = load_model(args, world.device)
     settings = Settings(
         task=args.task,
         prompt=plan.prompt,
@@ -191,27 +209,32 @@ def run(args: argparse.Namespace, plan: Plan, world: Any) -> None:
         workers=args.workers,
     )
     evaluator = Evaluator(model.eval(), image_processor, tokenizer, plan.test, plan.pool, settings, world)
+    score = build_scorer(args.task, plan.test, plan.classes, args.caption_tokenizer) if world.is_main else None
+    predictions, scores = {}, {}
     try:
-        predictions = {condition: evaluator.run(condition) for condition in plan.conditions}
+        for condition in plan.conditions:
+            predictions[condition] = evaluator.run(condition)
+            if score is not None:
+                scores[condition] = score(predictions[condition])
+                metric, value = next(iter(scores[condition].items()))
+                log.info("%s: %s %.2f", condition.name, metric, value)
     finally:
         evaluator.close()
     if world.is_main:
-        score = build_scorer(args.task, plan.test, plan.classes, args.caption_tokenizer)
-        scores = {condition: score(rows) for condition, rows in predictions.items()}
         results = write_results(args.output_dir, plan.decisive, plan.test, scores, predictions, plan.notes)
         print(table(results))
         print(f"wrote {args.output_dir / RESULTS}, {args.output_dir / PAGE} and each prediction")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line. Raises SystemExit, with a message of rank 0, where it cannot be done."""
+    """Runs the command line. Raises SystemExit, with a message, where it cannot be done."""
     parser = build_parser()
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads read images
     if args.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    from open_flamingo.train.distributed import World, detect_launcher, distributed
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which nothing above does
+    from open_flamingo.train.distributed import World, detect_launcher, distributed, raise_on_all_ranks
     from open_flamingo.train.errors import UserError
     from open_flamingo.train.lock import run_lock
 
@@ -219,12 +242,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         world = detect_launcher()
         plan = make_plan(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}" if world.is_main else 1)  # all ranks find the same
-    try:
         with distributed(world) as world, ExitStack() as stack:
-            if world.is_main:
-                stack.enter_context(run_lock(args.output_dir))
+            with raise_on_all_ranks():
+                if world.is_main:
+                    stack.enter_context(run_lock(args.output_dir))
             run(args, plan, world)
     except (ValueError, OSError, UserError, ImportError) as error:
         sys.exit(f"error: {f'rank {world.rank}: ' if world.world_size > 1 else ''}{error}")

@@ -141,7 +141,7 @@ def read(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         return json.loads(text)
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def convert(kind: str, paths: Sequence[Path], args: argparse.Namespace) -> Iterator[Row]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from open_flamingo.scripts.evaluate.data import Record, random_demonstrations, shuffled_answers
-from open_flamingo.scripts.evaluate.images import Key
 from open_flamingo.scripts.evaluate.prompts import Prompt
 
-IMAGES, BLANK, SHUFFLED = (
-    "images",
-    "blank",
-    "shuffled",
-)  # as they are; all images gray; answers of demonstrations exchanged
+if TYPE_CHECKING:  # it imports transformers, which must not be before --offline is read
+    from open_flamingo.scripts.evaluate.images import Key
+
+# As they are; all images gray; answers of demonstrations shuffled.
+IMAGES, BLANK, SHUFFLED = "images", "blank", "shuffled"
 VARIANTS = (IMAGES, BLANK, SHUFFLED)
 TEXT_ONLY = 2  # demonstrations without images at 0 shots
 
@@ -34,7 +33,7 @@ def conditions(
     shots: Sequence[int], seeds: int, controls: Sequence[str], control_seeds: int, has_rices: bool
 ) -> list[Condition]:
     """All of them, in order. RICES chooses the same demonstrations on every seed, so one is enough; but at 0 shots they are random.
-    Answers can be exchanged between two demonstrations or more."""
+    Answers can be shuffled among two demonstrations or more."""
     found = []
     for number in sorted(set(shots)):
         for variant in (IMAGES, *controls):
@@ -102,7 +101,7 @@ class PromptBuilder:
         while self._max_tokens and len(ids) > self._max_tokens:
             if not pairs:
                 raise ValueError(
-                    f"--data, line {record.line}: its prompt has {len(ids)} tokens; the language model takes {self._max_tokens} "
+                    f"{record.where}: its prompt has {len(ids)} tokens; the language model takes {self._max_tokens} "
                     "beside the answer"
                 )
             pairs.pop(0)

@@ -28,6 +28,11 @@ class Record:
     question: str = ""
     text: str = ""
     line: int = 0  # of its file, from 1
+    flag: str = "--data"  # that names the file
+
+    @property
+    def where(self) -> str:
+        return f"{self.flag}, line {self.line}"
 
     @property
     def fields(self) -> dict[str, str]:
@@ -43,14 +48,14 @@ def read_records(path: Path, task: str, flag: str, image_dir: Path | None = None
     records: list[Record] = []
     ids: dict[str, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold the other line ends of Unicode
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag}: {path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = _record(json.loads(line), task, number, image_dir or path.parent)
+            record = _record(json.loads(line), task, image_dir or path.parent, number, flag)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
@@ -64,7 +69,7 @@ def read_records(path: Path, task: str, flag: str, image_dir: Path | None = None
     return records
 
 
-def _record(row: dict[str, Any], task: str, number: int, folder: Path) -> Record:
+def _record(row: dict[str, Any], task: str, folder: Path, number: int, flag: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")
     if not isinstance(row["image"], str):
@@ -81,7 +86,8 @@ def _record(row: dict[str, Any], task: str, number: int, folder: Path) -> Record
     text = row.get("text", "")
     if not isinstance(question, str) or not isinstance(text, str):
         raise ValueError("question and text must be texts")
-    return Record(str(row.get("id", number)), folder / row["image"], tuple(answers), question, text, number)
+    id_ = number if row.get("id") is None else row["id"]
+    return Record(str(id_), folder / row["image"], tuple(answers), question, text, number, flag)
 
 
 def check_images(records: Sequence[Record], flag: str, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,14 @@ class Images:
     Args:
         image_processor: PIL image → [3, height, width].
         workers: threads.
+        where: image → the flag and line that name it, for errors.
     """
 
-    def __init__(self, image_processor: Callable[[Image.Image], Tensor], workers: int) -> None:
+    def __init__(
+        self, image_processor: Callable[[Image.Image], Tensor], workers: int, where: Mapping[Path, str] | None = None
+    ) -> None:
         self._image_processor = image_processor
+        self._where = where or {}
         self._pool = ThreadPoolExecutor(max(1, workers))
         self._reading: dict[Key, Future[Tensor]] = {}
 
@@ -54,7 +58,11 @@ class Images:
         return torch.stack([self._reading.pop(key).result() for key in keys])
 
     def _read(self, key: Key) -> Tensor:
-        return self._image_processor(read_image(key))
+        try:
+            image = read_image(key)
+        except ValueError as error:
+            raise ValueError(f"{self._where[key]}: {error}" if key in self._where else str(error)) from error
+        return self._image_processor(image)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -20,9 +20,8 @@ from open_flamingo.language_model import cache_length
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = (
-    1 << 14
-)  # of one pass, cached ones included: what the key-value cache and the logits of all names at once may take
+# Of one pass, cached ones included: what the key-value cache and the logits of all names at once may take.
+MAX_TOKENS = 1 << 14
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats, between the two ways
 
 

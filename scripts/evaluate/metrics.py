@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,8 +76,7 @@ class CaptionScorer:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
 
-        # An empty line would shift the PTB tokenizer's lines: a point is no token.
-        said = self._tokens({key: [captions[key].strip() or "."] for key in self._references})
+        said = self._tokens({key: [captions[key]] for key in self._references})
         with contextlib.redirect_stdout(io.StringIO()):
             bleu, _ = Bleu(4).compute_score(self._references, said, verbose=0)
             cider, _ = Cider().compute_score(self._references, said)
@@ -115,6 +115,7 @@ PERIOD = re.compile(r"\.(?!\d)")
 MAX_PERIODS = 32  # that the official program removes: it gives `re.sub` a flag where the count stands
 
 
+@lru_cache(maxsize=1 << 18)  # the same answers are compared in every condition
 def normalize_answer(text: str) -> str:
     """An answer as the VQA evaluation compares it: in lower case, without articles and punctuation, numbers as digits, contractions with
     their apostrophe."""

@@ -12,17 +12,24 @@ from open_flamingo.scripts.evaluate.data import Record
 IMAGE, END = "<image>", "<|endofchunk|>"
 ANSWERS = {"caption": "caption", "vqa": "answer", "classify": "label"}
 PROMPTS = {
-    "caption": "<image>Output:{caption}<|endofchunk|>",
-    # The reference ends the demonstrations of this task alone with a new line.
+    # The reference ends demonstrations of captions and answers with a new line, those of classes without one.
+    "caption": "<image>Output:{caption}<|endofchunk|>\n",
     "vqa": "<image>Question:{question} Short answer:{answer}<|endofchunk|>\n",
     "classify": "<image>Output:{label}<|endofchunk|>",
 }
-HATEFUL_MEMES = "<image>is an image with: '{text}' written on it. Is it hateful? Answer:{label}<|endofchunk|>"  # where there is text
+# Where every label is no or yes, and there is text.
+HATEFUL_MEMES = "<image>is an image with: '{text}' written on it. Is it hateful? Answer:{label}<|endofchunk|>"
 
 
 def default_prompt(task: str, records: Sequence[Record]) -> str:
-    has_text = all(record.text for record in records)
-    return HATEFUL_MEMES if task == "classify" and has_text else PROMPTS[task]
+    """The paper's. Raises ValueError, naming flag and line, where only some records have the text that it would ask about."""
+    is_hateful_memes = task == "classify" and {record.answers[0] for record in records} <= {"no", "yes"}
+    if not is_hateful_memes or not any(record.text for record in records):
+        return PROMPTS[task]
+    for record in records:
+        if not record.text:
+            raise ValueError(f"{record.where}: lacks text, which others have: give it to all, or give a --prompt")
+    return HATEFUL_MEMES
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Prompt:
 
     template: str
     answer: str  # name of its field
+    before: str  # the template up to the answer
 
     @classmethod
     def parse(cls, template: str, task: str) -> Prompt:
@@ -45,17 +53,22 @@ class Prompt:
             raise ValueError(f"--prompt: fields are {{question}}, {{text}} and {{{answer}}} for --task {task}")
         if names.count(answer) != 1 or names[-1] != answer:
             raise ValueError(f"--prompt: {{{answer}}} must stand in it once, after the other fields")
-        if template.count(IMAGE) != 1 or template.index(IMAGE) > template.index(f"{{{answer}}}"):
+        before = ""
+        for literal, name, _, _ in parts:
+            before += literal.replace("{", "{{").replace("}", "}}")
+            if name == answer:
+                break
+            before += f"{{{name}}}" if name is not None else ""
+        if template.count(IMAGE) != 1 or IMAGE not in before:
             raise ValueError(f"--prompt: {IMAGE} must stand in it once, before {{{answer}}}")
-        return cls(template, answer)
+        return cls(template, answer, before)
 
     def demonstration(self, record: Record, answer: str) -> str:
         fields = {name: _plain(value) for name, value in (record.fields | {self.answer: answer}).items()}
         return self.template.format(**fields)
 
     def query(self, record: Record) -> str:
-        before = self.template[: self.template.index(f"{{{self.answer}}}")]
-        return before.format(**{name: _plain(value) for name, value in record.fields.items()})
+        return self.before.format(**{name: _plain(value) for name, value in record.fields.items()})
 
     def text(self, query: Record, demonstrations: Sequence[tuple[Record, str]], has_images: bool = True) -> str:
         """Demonstrations and their answers, without their `<image>` if not `has_images`, and the query."""

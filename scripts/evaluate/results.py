@@ -22,7 +22,7 @@ from open_flamingo.train.atomic import atomic_write
 RESULTS, PAGE = "results.json", "results.html"
 SHOWN = 24  # records on the page
 THUMBNAIL = 160  # pixels
-NAMES = {IMAGES: "images", BLANK: "blank images", SHUFFLED: "answers of demonstrations exchanged"}
+NAMES = {IMAGES: "images", BLANK: "blank images", SHUFFLED: "shuffled answers"}
 COLORS = {IMAGES: "#1f77b4", BLANK: "#7f7f7f", SHUFFLED: "#d62728"}
 
 Rows = Sequence[dict[str, Any]]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from open_flamingo import Flamingo
 from open_flamingo.scripts.evaluate.data import Record
 from open_flamingo.scripts.evaluate.images import ENCODED_AT_ONCE, Images
+from open_flamingo.scripts.evaluate.model import together
 from open_flamingo.train.distributed import World, gather_objects
 
 
@@ -37,15 +38,18 @@ def features_of(model: Flamingo, images: Images, records: Sequence[Record], worl
     """float32 [number of records, D] on the CPU; the ranks share the work. Every rank must call this."""
     keys = list(dict.fromkeys(record.image for record in records))  # a VQA image has several questions
     mine = keys[world.rank :: world.world_size]
-    features: dict[Any, Tensor] = {}
+    parts = []
     starts = range(0, len(mine), ENCODED_AT_ONCE)
-    for start in tqdm(starts, desc=f"features of {what}", unit="batch", disable=not world.is_main):
-        batch = mine[start : start + ENCODED_AT_ONCE]
-        images.prefetch(mine[start : start + 2 * ENCODED_AT_ONCE])
-        features |= zip(batch, pooled_features(model, images.take(batch).to(world.device)).cpu(), strict=True)
+    with together():
+        for start in tqdm(starts, desc=f"features of {what}", unit="batch", disable=not world.is_main):
+            images.prefetch(mine[start : start + 2 * ENCODED_AT_ONCE])
+            batch = images.take(mine[start : start + ENCODED_AT_ONCE])
+            parts.append(pooled_features(model, batch.to(world.device)).cpu())
+    # In one tensor: rows of a batch, each pickled by itself, would each take the whole batch along.
+    of_ranks = gather_objects(torch.cat(parts) if parts else torch.empty(0))
     everyone: dict[Any, Tensor] = {}
-    for of_rank in gather_objects(features):
-        everyone |= of_rank
+    for rank, features in enumerate(of_ranks):
+        everyone |= zip(keys[rank :: world.world_size], features, strict=True)
     return torch.stack([everyone[record.image] for record in records])
 
 

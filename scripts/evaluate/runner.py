@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from open_flamingo.scripts.evaluate.conditions import Condition, Item, PromptBui
 from open_flamingo.scripts.evaluate.data import Record
 from open_flamingo.scripts.evaluate.images import Images, Latents
 from open_flamingo.scripts.evaluate.likelihood import TOLERANCE, ClassNames, can_use_cache, class_log_likelihoods
+from open_flamingo.scripts.evaluate.model import max_prompt_tokens, together
 from open_flamingo.scripts.evaluate.predictions import PredictionFile, read_predictions, write_whole
 from open_flamingo.scripts.evaluate.prompts import Prompt, answer_of
 from open_flamingo.scripts.evaluate.rices import features_of, most_similar
-from open_flamingo.train.distributed import World, gather_objects, run_on_rank0
+from open_flamingo.train.distributed import World, run_on_rank0
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +46,6 @@ class Settings:
     workers: int = 4
 
 
-def max_prompt_tokens(model: Flamingo, answer_tokens: int) -> int | None:
-    """What the language model has room for beside the answer; None where its config names no limit."""
-    config: Any = model.lang_encoder.config.get_text_config()  # type: ignore[operator,union-attr]
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    limit = next((limit for limit in limits if limit), None)
-    return None if limit is None else limit - answer_tokens
-
-
 class Evaluator:
     """Makes the predictions of a model.
 
@@ -72,12 +66,12 @@ class Evaluator:
     ) -> None:
         self._model, self._tokenizer, self._world, self._settings = model, tokenizer, world, settings
         self._test = test
-        self._images = Images(image_processor, settings.workers)
+        where = {record.image: record.where for record in (*pool, *test)}
+        self._images = Images(image_processor, settings.workers, where)
         self.latents = Latents(model, self._images, world.device, settings.max_kept_images)
         self._names: ClassNames | None = None
-        self._uses_cache: bool | None = (
-            None  # whether names or beams go on from one prompt's cache; known after the first
-        )
+        # Whether names or beams go on from one prompt's cache; known after the first.
+        self._uses_cache: bool | None = None
         answer_tokens = settings.max_new_tokens
         if settings.task == "classify":
             self._names = ClassNames(settings.classes, tokenizer, world.device)
@@ -104,23 +98,27 @@ class Evaluator:
         Every rank must call this, and gets all of them.
         """
         folder, name = self._settings.output_dir, condition.name
-        with PredictionFile(folder, name, self._world.rank) as file:  # unfinished lines are off before anyone reads
-            gather_objects(None)
+        with ExitStack() as stack:
+            with together():  # unfinished lines are off before anyone reads
+                file = stack.enter_context(PredictionFile(folder, name, self._world.rank))
             done = run_on_rank0(read_predictions, folder, name)
-            if len(done) < len(self._test):
-                every = batches(list(self.builder.items(condition)), self._settings.batch_size)
-                # A batch is made whole, as in a run that was never stopped: rounding depends on its shape.
-                left = [batch for batch in every if any(item.index not in done for item in batch)]
-                self._check_cache(every[-1])
-                mine = left[self._world.rank :: self._world.world_size]
-                for batch, rows in self._predictions(mine, name):
-                    new = [row for item, row in zip(batch, rows, strict=True) if item.index not in done]
-                    file.write(new)
-        gather_objects(None)  # all ranks have written
+            with together():  # all ranks have written, or all know what went wrong on one
+                if len(done) < len(self._test):
+                    self._add(file, condition, done)
         found = run_on_rank0(self._read_whole, name)
         if len(found) < len(self._test):
             raise ValueError(f"{folder}: predictions of {name} are missing; do all ranks see the same --output_dir?")
         return found
+
+    def _add(self, file: PredictionFile, condition: Condition, done: Mapping[int, Any]) -> None:
+        """Writes this rank's share of the predictions that are not `done`."""
+        every = batches(list(self.builder.items(condition)), self._settings.batch_size)
+        # A batch is made whole, as in a run that was never stopped: rounding depends on its shape.
+        left = [batch for batch in every if any(item.index not in done for item in batch)]
+        self._check_cache(every[-1])
+        mine = left[self._world.rank :: self._world.world_size]
+        for batch, rows in self._predictions(mine, condition.name):
+            file.write([row for item, row in zip(batch, rows, strict=True) if item.index not in done])
 
     def _read_whole(self, name: str) -> list[dict[str, Any]]:
         found = read_predictions(self._settings.output_dir, name)
@@ -156,25 +154,22 @@ class Evaluator:
 
     def _generate(self, batch: Sequence[Item]) -> list[dict[str, Any]]:
         ids, mask = self._inputs(batch)
-        out = self._beam_search(ids, mask, bool(self._uses_cache)).sequences
+        out = self._beam_search(ids, mask, bool(self._uses_cache))
         texts = self._tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         return [{"prediction": answer_of(self._settings.task, text)} for text in texts]
 
-    def _beam_search(self, ids: Tensor, mask: Tensor, beams_share_prompt: bool) -> Any:
+    def _beam_search(self, ids: Tensor, mask: Tensor, beams_share_prompt: bool, **more: Any) -> Any:
         settings = self._settings
-        # A length penalty is of beams alone.
-        of_beams = {"length_penalty": settings.length_penalty, "output_scores": True} if settings.num_beams > 1 else {}
-        return self._model.generate(
-            None,
-            ids,
-            mask,
-            beams_share_prompt=beams_share_prompt,
-            max_new_tokens=settings.max_new_tokens,
-            num_beams=settings.num_beams,
-            do_sample=False,
-            return_dict_in_generate=True,
-            **of_beams,
-        )
+        options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams}
+        if settings.num_beams > 1:  # a length penalty is of beams alone
+            options["length_penalty"] = settings.length_penalty
+        options |= {"beams_share_prompt": beams_share_prompt, "do_sample": False, **more}
+        return self._model.generate(None, ids, mask, **options)
+
+    def _after_prompt(self, ids: Tensor, mask: Tensor, beams_share_prompt: bool) -> Tensor:
+        """The log likelihoods of the first new token, float32 [B · beams, V]."""
+        first = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+        return self._beam_search(ids, mask, beams_share_prompt, **first).logits[0].float().log_softmax(-1)
 
     def _check_cache(self, batch: Sequence[Item]) -> None:
         """Tries, once, whether this language model gives the same where names or beams go on from the cache of one prompt."""
@@ -188,16 +183,16 @@ class Evaluator:
             self._uses_cache = self._can_share_prompt(ids, mask)
 
     def _can_share_prompt(self, ids: Tensor, mask: Tensor) -> bool:
-        plain = self._beam_search(ids, mask, False).sequences_scores
+        # Of the tokens that beam search chooses from: those that are all but impossible differ by rounding.
+        plain, tokens = self._after_prompt(ids, mask, False).topk(2 * self._settings.num_beams)
         try:
-            difference = (self._beam_search(ids, mask, True).sequences_scores - plain).abs().max()
+            difference = (self._after_prompt(ids, mask, True).gather(-1, tokens) - plain).abs().max()
         except Exception as error:  # of the model's own code: anything
             log.warning("each beam computes its own prompt: with one cache, %s: %s", type(error).__name__, error)
             return False
-        # Without a length penalty, a score is the sum over all tokens.
-        if difference < TOLERANCE[next(self._model.lang_encoder.parameters()).dtype] * self._settings.max_new_tokens:
+        if difference < TOLERANCE[next(self._model.lang_encoder.parameters()).dtype]:
             return True
-        log.warning("each beam computes its own prompt: with one cache, scores differ by %.3g nats", difference)
+        log.warning("each beam computes its own prompt: with one cache, they differ by %.3g nats", difference)
         return False
 
     def _classify(self, batch: Sequence[Item]) -> list[dict[str, Any]]:
