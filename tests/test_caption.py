@@ -16,6 +16,7 @@ from PIL import Image
 from open_flamingo import load
 from open_flamingo.scripts import caption
 from open_flamingo.train.train import main as train
+from tests.conftest import only_at_length
 from tests.shards import COLORS, picture
 from tests.tiny import ROOT
 
@@ -142,6 +143,7 @@ def test_the_page_is_whole_and_escaped(say: Callable[..., tuple[list[str], str]]
     assert len(lines) == 1
 
 
+@only_at_length
 def test_each_device_has_a_process_and_the_order_stays(
     run: Path, say: Callable[..., tuple[list[str], str]], photos: Path
 ) -> None:

@@ -27,6 +27,7 @@ from open_flamingo.scripts.evaluate.metrics import CaptionScorer, normalize_answ
 from open_flamingo.scripts.evaluate.prompts import HATEFUL_MEMES, PROMPTS, Prompt, answer_of, default_prompt
 from open_flamingo.scripts.evaluate.rices import most_similar
 from open_flamingo.weights import trained_tensors
+from tests.conftest import only_at_length
 from tests.families import FAMILIES, IMAGE, PAD, flamingo, images, language_model
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, finished, kill, torchrun
@@ -557,6 +558,7 @@ SAID = {"1": "a man riding a wave on a surfboard", "2": "a dog in the snow", "3"
 
 
 @needs_java
+@only_at_length
 def test_captions_are_scored_as_by_the_official_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Through its COCO classes and files, but for SPICE, which downloads models."""
     from pycocoevalcap import eval as official
