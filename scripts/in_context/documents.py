@@ -20,9 +20,10 @@ from ..demo.shards import braces, encode
 from ..demo.world import COLORS, FORMS, TRAINING, Scene, render
 
 THINGS = tuple((color, form) for color in COLORS for form in FORMS)
-WORDS = tuple(
-    "dax wug blick fep toma zib gorp lorn kiv mup pell quof rasp snib teff vash yort brill clon drim flep glim hask jand".split()
-)
+NONSENSE = """
+dax wug blick fep toma zib gorp lorn kiv mup pell quof rasp snib teff vash yort brill clon drim flep glim hask jand
+"""
+WORDS = tuple(NONSENSE.split())
 MAX_SHOTS = 8
 LENGTH = MAX_SHOTS + 1  # images of a training document: as many as the longest prompt has
 SHARDS = 8

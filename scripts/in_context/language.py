@@ -59,7 +59,9 @@ def pretrain_language_model(
         documents = [draw_document(rng, LENGTH) for _ in range(batch_size)]
         ids = torch.tensor(tokenizer([END_OF_TEXT + in_words(document) for document in documents])["input_ids"])
         known = torch.tensor([known_words(document) for document in documents])
-        losses = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses = F.cross_entropy(
+            model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
         return losses.mean() + losses[known.flatten()].mean()
 
     loss = fit(model, loss_of_a_batch, steps, 3e-3, "language model", track or silent())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -57,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     say("1/3  Two small backbones; documents in which words name things by their images, anew in each")
     _, shards = side_by_side((prepare_vision, (folder, scale)), (prepare_text_and_data, (folder, scale)))
-    say("2/3  The training program joins the frozen backbones: on the documents, and on their images and sentences one by one")
+    say(
+        "2/3  The training program joins the frozen backbones: on the documents, and on their images and sentences one by one"
+    )
     checkpoints = train(folder, scale, shards)
     say("3/3  New images, and pairs of a word and a thing that were in no image and no text of any stage before")
     results = dict(zip(RUNS, side_by_side(*((score, (path, scale)) for path in checkpoints)), strict=True))
@@ -68,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="in_context", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("demo-output/in-context"), help="folder for all that is made")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output/in-context"), help="folder for all that is made"
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="a few steps of everything: shows that it runs, learns nothing"
     )

@@ -45,7 +45,9 @@ def grid(shots: Sequence[int]) -> str:
         x = place(shots, count, 0)[0]
         parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 20}" text-anchor="middle" style="{STYLE}">{count}</text>')
     middle = (LEFT + RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{BOTTOM + 40}" text-anchor="middle" style="{STYLE}">demonstrations in the prompt</text>')
+    parts.append(
+        f'<text x="{middle}" y="{BOTTOM + 40}" text-anchor="middle" style="{STYLE}">demonstrations in the prompt</text>'
+    )
     return "".join(parts)
 
 
@@ -53,7 +55,9 @@ def curve(shots: Sequence[int], values: Sequence[float], color: str, dashes: str
     points = [place(shots, count, value) for count, value in zip(shots, values, strict=True)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dots = "" if dashes else "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>' for x, y in points)
-    return f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"/>{dots}'
+    return (
+        f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"/>{dots}'
+    )
 
 
 def legend(number: int, label: str, color: str, dashes: str = "") -> str:

@@ -73,7 +73,9 @@ def accuracies(namer: NamesAll, episodes: int, track: Tracker | None = None, bat
     """The share of `episodes`, by shots, in which the next word is that of the query's thing. Chance is 1 of `shots`."""
     track = track or silent()
     right = {condition: [0] * len(SHOTS) for condition in CONDITIONS}
-    batches = [(i, min(batch_size, episodes - done)) for i in range(len(SHOTS)) for done in range(0, episodes, batch_size)]
+    batches = [
+        (i, min(batch_size, episodes - done)) for i in range(len(SHOTS)) for done in range(0, episodes, batch_size)
+    ]
     rng = random.Random("episodes")
     for place, size in track(batches, len(batches), "held-out pairs"):
         batch = [draw_episode(rng, SHOTS[place]) for _ in range(size)]
