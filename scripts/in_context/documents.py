@@ -25,7 +25,8 @@ dax wug blick fep toma zib gorp lorn kiv mup pell quof rasp snib teff vash yort 
 """
 WORDS = tuple(NONSENSE.split())
 MAX_SHOTS = 8
-LENGTH = MAX_SHOTS + 1  # images of a training document: as many as the longest prompt has
+MOST = 4  # things in a training document: the fewer, the more often what is known comes again, which is what there is to learn
+LENGTH = 9  # images of a training document
 SHARDS = 8
 
 
@@ -56,9 +57,9 @@ def draw_pairs(rng: random.Random, count: int, held_out: bool) -> list[Pair]:
             return pairs
 
 
-def draw_document(rng: random.Random, length: int = LENGTH) -> list[Pair]:
-    """A training document: one to eight things, brought in one after the other, and those that are known again and again."""
-    pairs = draw_pairs(rng, rng.randint(1, MAX_SHOTS), held_out=False)
+def draw_document(rng: random.Random, length: int = LENGTH, most: int = MOST) -> list[Pair]:
+    """A training document: two to `most` things, brought in one after the other, and those that are known again and again."""
+    pairs = draw_pairs(rng, rng.randint(2, most), held_out=False)
     document = [pairs[0]]
     known = 1
     while len(document) < length:
@@ -86,27 +87,27 @@ def draw_scene(rng: random.Random, thing: tuple[str, str]) -> Scene:
 
 
 def write_documents(folder: Path, documents: int, track: Tracker | None = None, seed: int = 0) -> tuple[str, str]:
-    """Write the training documents twice: whole, and each image with its sentence as a pair of its own.
+    """Write the training documents as MMC4 shards, and their images with descriptions ("red circle") as LAION shards.
 
-    Whole, they are MMC4's generated kind, whose images stand where the text says. Returns the patterns of MMC4 and LAION shards.
+    The documents are of MMC4's generated kind, whose images stand where the text says. Returns the patterns of both.
     """
     rng = random.Random(f"in context {seed}")
-    whole, alone = folder / "documents", folder / "pairs"
-    for kind in (whole, alone):
+    mmc4_folder, laion_folder = folder / "documents", folder / "pairs"
+    for kind in (mmc4_folder, laion_folder):
         kind.mkdir(parents=True)
     per_shard = -(-documents // SHARDS)
     with (
-        webdataset.ShardWriter(str(whole / "%05d.tar"), maxcount=per_shard, verbose=0) as mmc4,
-        webdataset.ShardWriter(str(alone / "%05d.tar"), maxcount=per_shard * LENGTH, verbose=0) as laion,
+        webdataset.ShardWriter(str(mmc4_folder / "%05d.tar"), maxcount=per_shard, verbose=0) as mmc4,
+        webdataset.ShardWriter(str(laion_folder / "%05d.tar"), maxcount=per_shard * LENGTH, verbose=0) as laion,
     ):
         for number in (track or silent())(range(documents), documents, "documents"):
             document = draw_document(rng)
             images = [encode(render(rng, draw_scene(rng, pair.thing))) for pair in document]
             for i, (pair, image) in enumerate(zip(document, images, strict=True)):
-                laion.write({"__key__": f"{number * LENGTH + i:08d}", "jpg": image, "txt": sentence(pair.word)})
+                laion.write({"__key__": f"{number * LENGTH + i:08d}", "jpg": image, "txt": " ".join(pair.thing)})
             mmc4.write({"__key__": f"{number:06d}", "json": json.dumps(generated(document, images)).encode()})
     shards = -(-documents // per_shard)
-    return braces(whole, shards, 5), braces(alone, shards, 5)
+    return braces(mmc4_folder, shards, 5), braces(laion_folder, shards, 5)
 
 
 def generated(document: list[Pair], images: list[bytes]) -> dict[str, object]:

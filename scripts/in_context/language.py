@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ..demo.backbones import END_OF_TEXT, RESIDUAL_SCALE, fit, train_tokenizer
+from ..demo.backbones import END_OF_TEXT, fit, train_tokenizer
 from ..demo.progress import Tracker, silent
-from .documents import Pair, draw_document, in_words
+from .documents import MAX_SHOTS, Pair, draw_document, in_words
 
 LENGTH = 14  # sentences of a text
 TOKENS = 6  # of a sentence: two for the thing, "is", "a", its word, "."
@@ -35,7 +35,7 @@ def pretrain_language_model(
     """
     rng = random.Random(f"language {seed}")
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(folder, [in_words(draw_document(rng)) for _ in range(2000)])
+    tokenizer = train_tokenizer(folder, [in_words(draw_document(rng, LENGTH, MAX_SHOTS)) for _ in range(2000)])
     config = Lfm2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -48,7 +48,6 @@ def pretrain_language_model(
         num_key_value_heads=4,
         max_position_embeddings=256,
         initializer_range=0.1,
-        norm_eps=1e-8,  # see `scale_residual_stream`
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -56,7 +55,7 @@ def pretrain_language_model(
     model = Lfm2ForCausalLM(config)
 
     def loss_of_a_batch() -> Tensor:
-        documents = [draw_document(rng, LENGTH) for _ in range(batch_size)]
+        documents = [draw_document(rng, LENGTH, MAX_SHOTS) for _ in range(batch_size)]
         ids = torch.tensor(tokenizer([END_OF_TEXT + in_words(document) for document in documents])["input_ids"])
         known = torch.tensor([known_words(document) for document in documents])
         losses = F.cross_entropy(
@@ -65,7 +64,6 @@ def pretrain_language_model(
         return losses.mean() + losses[known.flatten()].mean()
 
     loss = fit(model, loss_of_a_batch, steps, 3e-3, "language model", track or silent())
-    scale_residual_stream(model, RESIDUAL_SCALE)
     transformers_logging.disable_progress_bar()  # of saving a model this small
     model.save_pretrained(folder)
     return loss
@@ -77,16 +75,3 @@ def known_words(document: list[Pair]) -> list[bool]:
     for i, pair in enumerate(document):
         known[TOKENS * i + WORD] = pair in document[:i]
     return known
-
-
-@torch.no_grad()
-def scale_residual_stream(model: Lfm2ForCausalLM, scale: float) -> None:
-    """The same function with a residual stream `scale` times as large: see `RESIDUAL_SCALE`."""
-    trunk = model.model
-    writers = [trunk.embed_tokens.weight]
-    for layer in trunk.layers:
-        mixer = layer.self_attn if layer.is_attention_layer else layer.conv
-        writers += [mixer.out_proj.weight, layer.feed_forward.w2.weight]
-    for weight in writers:
-        weight.mul_(scale)
-    trunk.embedding_norm.weight.div_(scale)  # the head is tied to `embed_tokens`

@@ -1,8 +1,8 @@
 """`make in-context`, or `python -m open_flamingo.scripts.in_context`: a model that learns words from the images of its prompt.
 
 Everything is made here, and nothing downloaded: two tiny backbones (`language.py`, and the demo's vision tower) and documents in which
-words name things, anew in each (`documents.py`). The ordinary training program joins the backbones twice: on the documents, and on the
-same images and sentences as pairs, each alone.
+words name things, anew in each (`documents.py`). The ordinary training program joins the backbones twice: on documents and on pairs of an
+image and its description, and on the pairs alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 from ..demo.pipeline import run, say, show  # before torch is imported: sets one thread a process
 
-RUNS = ("documents", "pairs")
+RUNS = ("documents", "pairs")  # the first has pairs too
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ class Scale:
     documents: int
     updates: int
     episodes: int  # by number of shots
-    batch_size: int = 2  # documents a process; as many images in pairs
+    batch_size_laion: int = 4  # a process
+    batch_size_mmc4: int = 1
 
 
-FULL = Scale(vision_images=6000, vision_steps=1000, language_steps=1000, documents=1500, updates=500, episodes=100)
+FULL = Scale(vision_images=6000, vision_steps=1000, language_steps=1000, documents=500, updates=400, episodes=100)
 SMOKE = Scale(vision_images=64, vision_steps=4, language_steps=4, documents=16, updates=2, episodes=4)
 
 
@@ -56,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     say("1/3  Two small backbones; documents in which words name things by their images, anew in each")
     _, shards = side_by_side((prepare_vision, (folder, scale)), (prepare_text_and_data, (folder, scale)))
-    say(
-        "2/3  The training program joins the frozen backbones: on the documents, and on their images and sentences one by one"
-    )
+    say("2/3  The training program joins the frozen backbones: on pairs and documents, and on pairs alone")
     checkpoints = train(folder, scale, shards)
     say("3/3  New images, and pairs of a word and a thing that were in no image and no text of any stage before")
     results = dict(zip(RUNS, side_by_side(*((score, (path, scale)) for path in checkpoints)), strict=True))
@@ -105,18 +104,24 @@ def prepare_text_and_data(folder: Path, scale: Scale, track: Tracker) -> tuple[s
     return write_documents(folder / "shards", scale.documents, track)
 
 
-def train(folder: Path, scale: Scale, shards: Sequence[str]) -> list[Path]:
-    """The ordinary program, on documents and then on pairs. Returns the checkpoints."""
+def train(folder: Path, scale: Scale, shards: tuple[str, str]) -> list[Path]:
+    """The ordinary program under torchrun, on pairs and documents and then on pairs alone. Returns the checkpoints."""
     from .documents import LENGTH
 
     start = write_start(folder)
-    data = {
-        "documents": ("mmc4", scale.batch_size, ("--mmc4_max_num_images", str(LENGTH))),
-        "pairs": ("laion", scale.batch_size * LENGTH, ()),
-    }
     batches = 2 * scale.updates  # of two processes
-    for name, pattern in zip(RUNS, shards, strict=True):
-        kind, batch_size, flags = data[name]
+    pairs = (
+        *("--laion_shards", shards[1]),
+        *("--batch_size_laion", str(scale.batch_size_laion)),
+        *("--train_num_samples_laion", str(batches * scale.batch_size_laion)),
+    )
+    documents = (
+        *("--mmc4_shards", shards[0]),
+        *("--mmc4_max_num_images", str(LENGTH)),
+        *("--batch_size_mmc4", str(scale.batch_size_mmc4)),
+        *("--train_num_samples_mmc4", str(batches * scale.batch_size_mmc4)),
+    )
+    for name, data in zip(RUNS, ((*pairs, *documents), pairs), strict=True):
         run(
             [
                 *(
@@ -131,13 +136,10 @@ def train(folder: Path, scale: Scale, shards: Sequence[str]) -> list[Path]:
                 *("--vision_encoder_pretrained", str(folder / "backbones" / "vision.pt")),
                 *("--lm_path", str(folder / "backbones" / "language")),
                 *("--resume_from_checkpoint", str(start)),
-                *(f"--{kind}_shards", pattern),
-                *(f"--batch_size_{kind}", str(batch_size)),
-                *(f"--train_num_samples_{kind}", str(batches * batch_size)),
-                *flags,
-                *("--learning_rate", "2e-3"),
+                *data,
+                *("--learning_rate", "1e-3"),
                 *("--lr_scheduler", "cosine"),
-                *("--warmup_steps", str(min(50, scale.updates // 2))),
+                *("--warmup_steps", str(min(20, scale.updates // 2))),
                 *("--workers", "0"),
                 *("--logging_steps", "50"),
                 *("--run_name", str(folder / name)),
@@ -148,10 +150,9 @@ def train(folder: Path, scale: Scale, shards: Sequence[str]) -> list[Path]:
 
 
 def write_start(folder: Path) -> Path:
-    """A start for the program in which every gate of attention is tanh(1) open, and all else is as new.
+    """A start for the program in which every gate of attention is tanh(1) open, and all else is as new: see docs/learning.md.
 
-    docs/learning.md tells why: what is behind a gate that is shut learns slowly, and here two places of a document must come to
-    say the same of their images before either is of use.
+    (The demo shrinks what its language model adds up instead. Here that is too much for the rows of the new tokens.)
     """
     import torch
 
