@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from ..demo.backbones import END_OF_TEXT, fit, train_tokenizer
+from ..demo.backbones import END_OF_TEXT, RESIDUAL_SCALE, fit, train_tokenizer
 from ..demo.progress import Tracker, silent
 from .documents import MAX_SHOTS, Pair, draw_document, in_words
 
-LENGTH = 14  # sentences of a text
+LENGTHS = (0, 1, 4, 9, 12, 14)  # sentences of a text; 0: a description alone, as in a pair
 TOKENS = 6  # of a sentence: two for the thing, "is", "a", its word, "."
 WORD = 4  # the word's place in it
 
@@ -35,7 +35,7 @@ def pretrain_language_model(
     """
     rng = random.Random(f"language {seed}")
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(folder, [in_words(draw_document(rng, LENGTH, MAX_SHOTS)) for _ in range(2000)])
+    tokenizer = train_tokenizer(folder, [in_words(draw_document(rng, max(LENGTHS), MAX_SHOTS)) for _ in range(2000)])
     config = Lfm2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -48,6 +48,7 @@ def pretrain_language_model(
         num_key_value_heads=4,
         max_position_embeddings=256,
         initializer_range=0.1,
+        norm_eps=1e-8,  # see `shrink_residual_stream`
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -55,23 +56,38 @@ def pretrain_language_model(
     model = Lfm2ForCausalLM(config)
 
     def loss_of_a_batch() -> Tensor:
-        documents = [draw_document(rng, LENGTH, MAX_SHOTS) for _ in range(batch_size)]
-        ids = torch.tensor(tokenizer([END_OF_TEXT + in_words(document) for document in documents])["input_ids"])
-        known = torch.tensor([known_words(document) for document in documents])
-        losses = F.cross_entropy(
-            model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        return losses.mean() + losses[known.flatten()].mean()
+        length = rng.choice(LENGTHS)
+        documents = [draw_document(rng, length or 1, MAX_SHOTS) for _ in range(batch_size)]
+        texts = [in_words(document) if length else " ".join(document[0].thing) for document in documents]
+        ids = torch.tensor(tokenizer([f"{END_OF_TEXT}{text}{END_OF_TEXT}" for text in texts])["input_ids"])
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        known = torch.tensor([known_words(document) for document in documents]).flatten() if length else torch.zeros(0, dtype=torch.bool)
+        return losses.mean() + (losses[known].mean() if known.any() else 0)
 
     loss = fit(model, loss_of_a_batch, steps, 3e-3, "language model", track or silent())
+    shrink_residual_stream(model)
     transformers_logging.disable_progress_bar()  # of saving a model this small
     model.save_pretrained(folder)
     return loss
 
 
 def known_words(document: list[Pair]) -> list[bool]:
-    """Of each token of a document in words: is it a word that stood in the document before?"""
-    known = [False] * (TOKENS * len(document))
+    """Of each token of a document in words, and the end of the text: is it a word that stood in the document before?"""
+    known = [False] * (TOKENS * len(document) + 1)
     for i, pair in enumerate(document):
         known[TOKENS * i + WORD] = pair in document[:i]
     return known
+
+
+@torch.no_grad()
+def shrink_residual_stream(model: Lfm2ForCausalLM) -> None:
+    """The same function with a residual stream `RESIDUAL_SCALE` times as large, so that gates that start shut count soon."""
+    trunk = model.model
+    writers = [trunk.embed_tokens.weight]
+    for layer in trunk.layers:
+        mixer = layer.self_attn if layer.is_attention_layer else layer.conv
+        writers += [mixer.out_proj.weight, layer.feed_forward.w2.weight]
+    for weight in writers:
+        weight.mul_(RESIDUAL_SCALE)
+    trunk.embedding_norm.weight.div_(RESIDUAL_SCALE)  # the head is tied to `embed_tokens`
