@@ -58,7 +58,7 @@ def test_words_and_things_are_paired_anew_in_each_document() -> None:
 
 def test_a_document_shows_each_image_before_its_sentence() -> None:
     document = [Pair(("red", "circle"), "dax"), Pair(("blue", "square"), "wug"), Pair(("red", "circle"), "dax")]
-    assert in_words(document[:2]) == "red circle is a dax. blue square is a wug."
+    assert in_words(document[:2]) == "red circle is a dax.<|endofchunk|>blue square is a wug.<|endofchunk|>"
     written = generated(document, [b"a", b"b", b"c"])
     assert written["example"] == "_!_IMAGE0_!_ is a dax. _!_IMAGE1_!_ is a wug. _!_IMAGE2_!_ is a dax."
     assert [i for i, is_known in enumerate(known_words(document)) if is_known] == [2 * TOKENS + 4]

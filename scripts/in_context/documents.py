@@ -24,6 +24,7 @@ NONSENSE = """
 dax wug blick fep toma zib gorp lorn kiv mup pell quof rasp snib teff vash yort brill clon drim flep glim hask jand
 """
 WORDS = tuple(NONSENSE.split())
+END_OF_CHUNK = "<|endofchunk|>"
 MAX_SHOTS = 8
 MOST = 4  # things in a training document: the fewer, the more often what is known comes again, which is what there is to learn
 LENGTH = 9  # images of a training document
@@ -76,8 +77,8 @@ def sentence(word: str) -> str:
 
 
 def in_words(document: list[Pair]) -> str:
-    """A document whose things are described rather than shown: `red circle is a dax. blue square is a wug.`"""
-    return " ".join(f"{' '.join(pair.thing)} {sentence(pair.word)}" for pair in document)
+    """A document whose things are described rather than shown: `red circle is a dax.<|endofchunk|>blue square is a …`"""
+    return "".join(f"{' '.join(pair.thing)} {sentence(pair.word)}{END_OF_CHUNK}" for pair in document)
 
 
 def draw_scene(rng: random.Random, thing: tuple[str, str]) -> Scene:

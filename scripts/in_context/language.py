@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..demo.backbones import END_OF_TEXT, RESIDUAL_SCALE, fit, train_tokenizer
 from ..demo.progress import Tracker, silent
-from .documents import MAX_SHOTS, Pair, draw_document, in_words
+from .documents import END_OF_CHUNK, MAX_SHOTS, Pair, draw_document, in_words
 
 LENGTHS = (0, 1, 4, 9, 12, 14)  # sentences of a text; 0: a description alone, as in a pair
-TOKENS = 6  # of a sentence: two for the thing, "is", "a", its word, "."
+TOKENS = 7  # of a sentence: two for the thing, "is", "a", its word, ".", and the end of the chunk
 WORD = 4  # the word's place in it
 
 
@@ -36,6 +36,9 @@ def pretrain_language_model(
     rng = random.Random(f"language {seed}")
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(folder, [in_words(draw_document(rng, max(LENGTHS), MAX_SHOTS)) for _ in range(2000)])
+    # The program adds what is missing of its two tokens, and trains their rows. That chunks end is nothing to learn from images.
+    tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK]})
+    tokenizer.save_pretrained(folder)
     config = Lfm2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -43,7 +46,7 @@ def pretrain_language_model(
         block_auto_adjust_ff_dim=False,
         num_hidden_layers=2,
         layer_types=["conv", "full_attention"],
-        conv_L_cache=TOKENS - 1,
+        conv_L_cache=WORD + 1,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -58,11 +61,15 @@ def pretrain_language_model(
     def loss_of_a_batch() -> Tensor:
         length = rng.choice(LENGTHS)
         documents = [draw_document(rng, length or 1, MAX_SHOTS) for _ in range(batch_size)]
-        texts = [in_words(document) if length else " ".join(document[0].thing) for document in documents]
+        texts = [in_words(document) if length else described(document[0]) for document in documents]
         ids = torch.tensor(tokenizer([f"{END_OF_TEXT}{text}{END_OF_TEXT}" for text in texts])["input_ids"])
         logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
         losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-        known = torch.tensor([known_words(document) for document in documents]).flatten() if length else torch.zeros(0, dtype=torch.bool)
+        known = (
+            torch.tensor([known_words(document) for document in documents]).flatten()
+            if length
+            else torch.zeros(0, dtype=torch.bool)
+        )
         return losses.mean() + (losses[known].mean() if known.any() else 0)
 
     loss = fit(model, loss_of_a_batch, steps, 3e-3, "language model", track or silent())
@@ -70,6 +77,11 @@ def pretrain_language_model(
     transformers_logging.disable_progress_bar()  # of saving a model this small
     model.save_pretrained(folder)
     return loss
+
+
+def described(pair: Pair) -> str:
+    """What a pair of an image and its description says."""
+    return f"{' '.join(pair.thing)}{END_OF_CHUNK}"
 
 
 def known_words(document: list[Pair]) -> list[bool]:
