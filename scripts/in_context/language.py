@@ -35,7 +35,8 @@ def pretrain_language_model(
     """
     rng = random.Random(f"language {seed}")
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(folder, [in_words(draw_document(rng, max(LENGTHS), MAX_SHOTS)) for _ in range(2000)])
+    texts = (in_words(draw_document(rng, max(LENGTHS), MAX_SHOTS)) for _ in range(2000))
+    tokenizer = train_tokenizer(folder, (text.replace(END_OF_CHUNK, " ") for text in texts))
     # The program adds what is missing of its two tokens, and trains their rows. That chunks end is nothing to learn from images.
     tokenizer.add_special_tokens({"additional_special_tokens": [END_OF_CHUNK]})
     tokenizer.save_pretrained(folder)
