@@ -40,7 +40,7 @@ class Scale:
     batch_size_mmc4: int = 1
 
 
-FULL = Scale(vision_images=6000, vision_steps=1000, language_steps=1000, documents=500, updates=400, episodes=100)
+FULL = Scale(vision_images=6000, vision_steps=1000, language_steps=1000, documents=500, updates=600, episodes=100)
 SMOKE = Scale(vision_images=64, vision_steps=4, language_steps=4, documents=16, updates=2, episodes=4)
 
 
@@ -108,7 +108,6 @@ def train(folder: Path, scale: Scale, shards: tuple[str, str]) -> list[Path]:
     """The ordinary program under torchrun, on pairs and documents and then on pairs alone. Returns the checkpoints."""
     from .documents import LENGTH
 
-    start = write_start(folder)
     batches = 2 * scale.updates  # of two processes
     pairs = (
         *("--laion_shards", shards[1]),
@@ -135,11 +134,10 @@ def train(folder: Path, scale: Scale, shards: tuple[str, str]) -> list[Path]:
                 *("--vision_encoder_path", str(folder / "backbones" / "vision.json")),
                 *("--vision_encoder_pretrained", str(folder / "backbones" / "vision.pt")),
                 *("--lm_path", str(folder / "backbones" / "language")),
-                *("--resume_from_checkpoint", str(start)),
                 *data,
-                *("--learning_rate", "1e-3"),
+                *("--learning_rate", "2e-3"),
                 *("--lr_scheduler", "cosine"),
-                *("--warmup_steps", str(min(20, scale.updates // 2))),
+                *("--warmup_steps", str(min(30, scale.updates // 2))),
                 *("--workers", "0"),
                 *("--logging_steps", "50"),
                 *("--run_name", str(folder / name)),
@@ -147,32 +145,6 @@ def train(folder: Path, scale: Scale, shards: tuple[str, str]) -> list[Path]:
             ]
         )
     return [folder / name / "checkpoint_0.pt" for name in RUNS]
-
-
-def write_start(folder: Path) -> Path:
-    """A start for the program in which every gate of attention is tanh(1) open, and all else is as new: see docs/learning.md.
-
-    (The demo shrinks what its language model adds up instead. Here that is too much for the rows of the new tokens.)
-    """
-    import torch
-
-    from open_flamingo import create_model_and_transforms
-
-    torch.manual_seed(0)
-    backbones = folder / "backbones"
-    model, _, _ = create_model_and_transforms(
-        str(backbones / "vision.json"),
-        str(backbones / "vision.pt"),
-        str(backbones / "language"),
-        cross_attn_every_n_layers=1,
-        use_local_files=True,
-    )
-    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    for name, value in trained.items():
-        if name.endswith("attn_gate"):
-            value.fill_(1.0)
-    torch.save(trained, folder / "start.pt")
-    return folder / "start.pt"
 
 
 def score(checkpoint: Path, scale: Scale, track: Tracker) -> Accuracies:

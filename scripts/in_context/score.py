@@ -1,9 +1,9 @@
 """What a model says of the last image of a prompt: over shots, and where the demonstrations lie or there is nothing to see."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from ..demo.world import render
 from .documents import MAX_SHOTS, Pair, draw_pairs, draw_scene, sentence
 
 SHOTS = (1, 2, 4, MAX_SHOTS)
-# The first has prompts as training has them. In the others the model first describes each image, by itself, and reads that after it.
-CONDITIONS = ("images", "described images", "described, shuffled", "described, blank")
+CONDITIONS = ("images", "shuffled demonstrations", "blank images")
 Accuracies = dict[str, list[float]]  # by condition, one for each of `SHOTS`
 
 
@@ -27,11 +26,10 @@ class Episode(NamedTuple):
     query: Pair
     shuffled: list[str]  # the words of the demonstrations, none in its place
 
-    def prompt(self, words: Sequence[str], descriptions: Sequence[str] = ()) -> str:
-        """`<image>is a dax.<|endofchunk|><image>is a`: as training has it; or each image followed by its description."""
-        *shown, asked = descriptions or [""] * (len(words) + 1)
-        told = "".join(f"<image>{text} {sentence(word)}<|endofchunk|>" for text, word in zip(shown, words, strict=True))
-        return f"{told}<image>{asked} is a".replace("<image> ", "<image>")
+    def prompt(self, words: Sequence[str]) -> str:
+        """`<image>is a dax.<|endofchunk|><image>is a`: as training has it."""
+        shown = "".join(f"<image>{sentence(word)}<|endofchunk|>" for word in words)
+        return f"{shown}<image>{sentence('').removesuffix(' .')}"
 
 
 def draw_episode(rng: random.Random, shots: int) -> Episode:
@@ -63,28 +61,15 @@ class Namer:
         self.model.uncache_media()
         return [[text.strip() for text in self.tokenizer.batch_decode(row[:, None])] for row in answers]
 
-    def describe(self, images: Sequence[Sequence[np.ndarray]]) -> list[list[str]]:
-        """What the model says of each image by itself, the likeliest two words: `red circle`."""
-        flat = [[image] for row in images for image in row]
-        (first,) = self([["<image>"] * len(flat)], flat)
-        (second,) = self([[f"<image>{word}" for word in first]], flat)
-        texts = iter(f"{a} {b}" for a, b in zip(first, second, strict=True))
-        return [[next(texts) for _ in row] for row in images]
-
     def _prepare(self, image: np.ndarray) -> Tensor:
         prepared: Any = self.image_processor(Image.fromarray(image))
         return prepared
 
 
-class Model(Protocol):
-    """What is scored: see `Namer`."""
-
-    def __call__(self, prompts: Sequence[Sequence[str]], images: Sequence[Sequence[np.ndarray]]) -> list[list[str]]: ...
-
-    def describe(self, images: Sequence[Sequence[np.ndarray]]) -> list[list[str]]: ...
+NamesAll = Callable[[Sequence[Sequence[str]], Sequence[Sequence[np.ndarray]]], list[list[str]]]
 
 
-def accuracies(namer: Model, episodes: int, track: Tracker | None = None, batch_size: int = 10) -> Accuracies:
+def accuracies(namer: NamesAll, episodes: int, track: Tracker | None = None, batch_size: int = 10) -> Accuracies:
     """The share of `episodes`, by shots, in which the next word is that of the query's thing. Chance is 1 of `shots`."""
     track = track or silent()
     right = {condition: [0] * len(SHOTS) for condition in CONDITIONS}
@@ -94,18 +79,12 @@ def accuracies(namer: Model, episodes: int, track: Tracker | None = None, batch_
     rng = random.Random("episodes")
     for place, size in track(batches, len(batches), "held-out pairs"):
         batch = [draw_episode(rng, SHOTS[place]) for _ in range(size)]
-        words = [[pair.word for pair in episode.demonstrations] for episode in batch]
+        true = [episode.prompt([pair.word for pair in episode.demonstrations]) for episode in batch]
+        shuffled = [episode.prompt(episode.shuffled) for episode in batch]
         shown = [[*episode.demonstrations, episode.query] for episode in batch]
         images = [[render(rng, draw_scene(rng, pair.thing)) for pair in row] for row in shown]
         blanks = [[render(rng, None) for _ in row] for row in shown]
-        described, of_blanks = namer.describe(images), namer.describe(blanks)
-        prompts = (
-            [episode.prompt(row) for episode, row in zip(batch, words, strict=True)],
-            [episode.prompt(row, texts) for episode, row, texts in zip(batch, words, described, strict=True)],
-            [episode.prompt(episode.shuffled, texts) for episode, texts in zip(batch, described, strict=True)],
-        )
-        unseen = [episode.prompt(row, texts) for episode, row, texts in zip(batch, words, of_blanks, strict=True)]
-        answers = [*(namer([texts], images)[0] for texts in prompts), *namer([unseen], blanks)]
-        for condition, said in zip(CONDITIONS, answers, strict=True):
-            right[condition][place] += sum(w == episode.query.word for w, episode in zip(said, batch, strict=True))
+        answers = [*namer([true, shuffled], images), *namer([true], blanks)]
+        for condition, words in zip(CONDITIONS, answers, strict=True):
+            right[condition][place] += sum(w == episode.query.word for w, episode in zip(words, batch, strict=True))
     return {condition: [count / episodes for count in counts] for condition, counts in right.items()}
