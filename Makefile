@@ -1,4 +1,6 @@
 # make demo    train a small vision-language model and watch it describe images (needs Python >= 3.11 and make)
+# make in-context
+#              the same world, with words that mean what the images of the prompt say: accuracy over demonstrations
 # make test    the whole test suite
 # make test-gpu
 #              what only a GPU can show, where there is one
@@ -18,10 +20,13 @@ VERSION_TESTS := $(wildcard tests/test_model*.py tests/test_lang*.py tests/test_
 	tests/test_precision.py tests/test_sharding.py tests/test_distributed.py tests/test_train.py tests/test_dependencies.py)
 INSTALL := -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-gpu test-latest test-oldest faults bench lint format clean
+.PHONY: demo in-context test test-gpu test-latest test-oldest faults bench lint format clean
 
 demo: .venv/training
 	$(BIN)/python -m open_flamingo.scripts.demo
+
+in-context: .venv/training
+	$(BIN)/python -m open_flamingo.scripts.in_context
 
 test: .venv/test
 	$(BIN)/python -m pytest $(TEST_FLAGS)

@@ -43,6 +43,7 @@ setup(
         "open_flamingo.scripts.convert",
         "open_flamingo.scripts.demo",
         "open_flamingo.scripts.evaluate",
+        "open_flamingo.scripts.in_context",
     ],
     package_dir={
         "open_flamingo": "open_flamingo",
@@ -53,6 +54,7 @@ setup(
         "open_flamingo.scripts.convert": "scripts/convert",
         "open_flamingo.scripts.demo": "scripts/demo",
         "open_flamingo.scripts.evaluate": "scripts/evaluate",
+        "open_flamingo.scripts.in_context": "scripts/in_context",
     },
     install_requires=requirements("requirements.txt"),
     extras_require={

@@ -6,7 +6,7 @@ them with its ordinary flags.
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,9 +32,10 @@ RESIDUAL_SCALE = 0.1
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(folder: Path, seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the world's text, saved in `folder`. Every word of a caption is one token."""
+def train_tokenizer(folder: Path, texts: Iterable[str] | None = None, seed: int = 0) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `texts` (the world's, if None), saved in `folder`. Every word is one token, as there are few."""
     rng = random.Random(f"tokenizer {seed}")
+    texts = (draw_text(rng) for _ in range(2000)) if texts is None else texts
     tokenizer = Tokenizer(models.BPE())
     # The space before a text's first word makes "<image>at" the same word as "… at".
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -45,7 +46,7 @@ def train_tokenizer(folder: Path, seed: int = 0) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((draw_text(rng) for _ in range(2000)), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     fast.save_pretrained(folder)
     return fast
@@ -67,7 +68,7 @@ def pretrain_language_model(
     """
     rng = random.Random(f"language {seed}")
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(folder, seed)
+    tokenizer = train_tokenizer(folder, seed=seed)
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=256,
@@ -91,7 +92,7 @@ def pretrain_language_model(
         labels = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
         return F.cross_entropy(model(input_ids=inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    loss = _train(model, loss_of_a_batch, steps, 3e-3, "language model", track or silent())
+    loss = fit(model, loss_of_a_batch, steps, 3e-3, "language model", track or silent())
     _scale_residual_stream(model, RESIDUAL_SCALE)
     transformers_logging.disable_progress_bar()  # of saving a model this small
     model.save_pretrained(folder)
@@ -152,7 +153,7 @@ def pretrain_vision_tower(
         images = normalize(torch.where(flip, images.flip(-1), images))
         return F.cross_entropy(head(tower(images)).view(-1, len(words)), targets[rows].flatten())
 
-    loss = _train(nn.ModuleList([tower, head]), loss_of_a_batch, steps, 3e-3, "vision tower", track)
+    loss = fit(nn.ModuleList([tower, head]), loss_of_a_batch, steps, 3e-3, "vision tower", track)
     config_path.write_text(json.dumps(VISION_CONFIG, indent=2), encoding="utf-8")
     torch.save({f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}, weights_path)
     return loss
@@ -184,7 +185,7 @@ def normalize(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def _train(
+def fit(
     model: nn.Module,
     loss_of_a_batch: Callable[[], Tensor],
     steps: int,

@@ -1,0 +1,1 @@
+"""In-context learning, shown in minutes: `make in-context`."""
