@@ -45,7 +45,7 @@ test-oldest: .venv-oldest/bin/python
 faults: .venv/test
 	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python tests/reliability.py
 	OPEN_FLAMINGO_TEST_LENGTH=long $(BIN)/python -m pytest $(TEST_FLAGS) tests/test_launch.py tests/test_precision.py tests/test_sharding.py \
-		tests/test_benchmarks.py tests/test_scaling.py tests/test_caption.py tests/test_evaluate.py
+		tests/test_benchmarks.py tests/test_scaling.py tests/test_caption.py tests/test_evaluate.py tests/test_in_context.py
 
 bench: .venv/benchmark
 	$(BIN)/python -m benchmarks small

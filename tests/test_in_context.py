@@ -26,6 +26,7 @@ from open_flamingo.scripts.in_context.documents import (
 from open_flamingo.scripts.in_context.language import TOKENS, known_words
 from open_flamingo.scripts.in_context.plot import write_plot
 from open_flamingo.scripts.in_context.score import SHOTS, accuracies, draw_episode
+from tests.conftest import only_at_length
 from tests.tiny import ROOT
 
 
@@ -119,6 +120,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert "trained on documents, images" in text
 
 
+@only_at_length
 def test_the_whole_of_it_runs(tmp_path: Path) -> None:
     """A few steps of everything: backbones, documents, the program on both of them, the table, the plot."""
     run = subprocess.run(
