@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_flamingo
-from benchmarks import curve, gpu, learn, loading, recipe, report, saving, scoring, start, steps, trace
+from benchmarks import curve, gpu, learn, loading, page, recipe, report, saving, scoring, start, steps, trace
 from benchmarks.child import FOLDER, ROOT
 from benchmarks.shapes import SHAPES
 
@@ -93,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     traced.add_argument("--no-write", action="store_true", help="print results only")
     traced.set_defaults(run=run_trace)
 
+    opened = commands.add_parser("page", help="seconds until the page of a long run is written, and open in Chromium")
+    opened.add_argument("--lines", type=int, default=100_000)
+    opened.add_argument("--rounds", type=int, default=5)
+    opened.add_argument("--document", type=Path, default=report.DOCUMENT, help="where results go")
+    opened.add_argument("--no-write", action="store_true", help="print results only")
+    opened.set_defaults(run=run_page)
+
     plan = commands.add_parser("dry_run", help="what --dry_run says of the published recipes: docs/dry_run.md")
     plan.add_argument("--ranks", type=int, default=64)
     plan.add_argument("--gpu", default="H100")
@@ -171,6 +178,10 @@ def run_trace(args: argparse.Namespace) -> None:
 def run_dry_run(args: argparse.Namespace) -> None:
     for name in ("3b", "4b", "9b"):
         finish(args, f"{name} on {args.ranks} {args.gpu}", recipe.dry_run(SHAPES[name], args.ranks, args.gpu))
+
+
+def run_page(args: argparse.Namespace) -> None:
+    finish(args, "page", page.measure(args.lines, args.rounds))
 
 
 def finish(args: argparse.Namespace, title: str, text: str) -> None:
