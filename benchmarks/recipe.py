@@ -37,4 +37,5 @@ def dry_run(shape: Shape, ranks: int, gpu: str) -> str:
         *("--dry_run", "--dry_run_ranks", str(ranks), "--dry_run_gpu", gpu),
     ]
     said = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return f"Exit code {said.returncode}:\n\n```\n{said.stdout.strip()}\n```"
+    text = said.stdout.strip().replace(f"{ROOT}/", "")
+    return f"Exit code {said.returncode}:\n\n```\n{text}\n```"
