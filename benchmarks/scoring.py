@@ -176,19 +176,10 @@ class Adapter:
 
 class Ours:
     def __init__(self, folder: Path) -> None:
-        from benchmarks.backbones import VISION_CONFIG, set_weights, without_weights
-        from benchmarks.shapes import Shape
-        from open_flamingo import create_model_and_transforms
+        from benchmarks.backbones import build, set_weights
 
         self.folder = folder
-        with without_weights():
-            self.model, self.image_processor, self.tokenizer = create_model_and_transforms(
-                str(folder / VISION_CONFIG),
-                None,
-                str(folder / "language"),
-                cross_attn_every_n_layers=Shape.read(folder).cross_attn_every_n_layers,
-                use_local_files=True,
-            )
+        self.model, self.image_processor, self.tokenizer = build(folder, gradient_checkpointing=False)
         set_weights(self.model, folder)
         self.model.eval()
 

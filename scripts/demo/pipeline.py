@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .progress import Tracker
@@ -105,7 +105,8 @@ def prepare(folder: Path, scale: Scale) -> dict[str, str]:
     return shards
 
 
-def prepare_vision(folder: Path, scale: Scale, track: Tracker) -> None:
+def prepare_vision(folder: Path, scale: Any, track: Tracker) -> None:
+    """`scale`: with `vision_steps` and `vision_images`."""
     import torch
 
     from .backbones import pretrain_vision_tower
@@ -159,10 +160,7 @@ def train(folder: Path, scale: Scale, shards: dict[str, str]) -> Path:
     batches = 2 * scale.updates  # of two processes
     run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train/train.py"),
-            *("--vision_encoder_path", str(folder / "backbones" / "vision.json")),
-            *("--vision_encoder_pretrained", str(folder / "backbones" / "vision.pt")),
-            *("--lm_path", str(folder / "backbones" / "language")),
+            *training_program(folder / "backbones"),
             *("--laion_shards", shards["laion"]),
             *("--mmc4_shards", shards["mmc4"]),
             *("--mmc4_textsim_threshold", str(THRESHOLD)),
@@ -182,6 +180,16 @@ def train(folder: Path, scale: Scale, shards: dict[str, str]) -> Path:
         ]
     )
     return folder / "run" / "checkpoint_0.pt"
+
+
+def training_program(backbones: Path) -> list[str]:
+    """The beginning of a command: the program under torchrun on two processes, and what it joins."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train/train.py"),
+        *("--vision_encoder_path", str(backbones / "vision.json")),
+        *("--vision_encoder_pretrained", str(backbones / "vision.pt")),
+        *("--lm_path", str(backbones / "language")),
+    ]
 
 
 def run(command: list[str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from ..demo.progress import Tracker
     from .score import Accuracies
 
-from ..demo.pipeline import run, say, show  # before torch is imported: sets one thread a process
+from ..demo.pipeline import prepare_vision, run, say, show, training_program  # before torch: sets one thread a process
 
 RUNS = ("documents", "pairs")  # the first has pairs too
 
@@ -81,18 +80,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 # The stages
 
 
-def prepare_vision(folder: Path, scale: Scale, track: Tracker) -> None:
-    import torch
-
-    from ..demo.backbones import pretrain_vision_tower
-
-    torch.set_num_threads(1)
-    backbones = folder / "backbones"
-    pretrain_vision_tower(
-        backbones / "vision.json", backbones / "vision.pt", scale.vision_steps, scale.vision_images, track
-    )
-
-
 def prepare_text_and_data(folder: Path, scale: Scale, track: Tracker) -> tuple[str, str]:
     import torch
 
@@ -123,17 +110,7 @@ def train(folder: Path, scale: Scale, shards: tuple[str, str]) -> list[Path]:
     for name, data in zip(RUNS, ((*pairs, *documents), pairs), strict=True):
         run(
             [
-                *(
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc_per_node=2",
-                    "train/train.py",
-                ),
-                *("--vision_encoder_path", str(folder / "backbones" / "vision.json")),
-                *("--vision_encoder_pretrained", str(folder / "backbones" / "vision.pt")),
-                *("--lm_path", str(folder / "backbones" / "language")),
+                *training_program(folder / "backbones"),
                 *data,
                 *("--learning_rate", "2e-3"),
                 *("--lr_scheduler", "cosine"),
