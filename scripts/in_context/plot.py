@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT = 760, 340
+WIDTH, HEIGHT = 800, 340
 LEFT, RIGHT, TOP, BOTTOM = 56, 410, 20, 290  # of the axes
 COLORS = ("#1f6fb4", "#d1495b", "#8d99ae", "#2a9d8f", "#edae49", "#b8b8b8")
 STYLE = "font: 13px system-ui, sans-serif; fill: #222"
